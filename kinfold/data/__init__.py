@@ -1,0 +1,3 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images on their way to the model: where they lie, how they are decoded, how views and batches are made of
+them."""

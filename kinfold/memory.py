@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Question 2, memory: how the keys of other images are remembered.
+
+`Queue` keeps the most recent keys (MoCo and all that stand on it), or none but those of the batch itself; `Bank`
+keeps one key per image and joins the images to a graph of neighbours (InvP). `compare` only reads, `remember` only
+writes, after the optimiser's step. All state is buffers, so a state dict is everything. In several processes every
+rank remembers the gathered batch in one order, so the memories stay equal without being sent.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kinfold import distributed
+from kinfold.settings import settings
+
+Memo = tuple[Tensor, ...]
+"""What a memory wants back after the step: tensors that are joined along their first axis over micro-batches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What one pair of views looks like to the memory: cosine similarities with K candidate keys.
+
+    `image` says whose key a column is, -1 where a row has no such column. `nearest` and `reached` are spans of
+    columns and only a bank has them.
+    """
+
+    by_query: Tensor
+    """`[B, K]` as the query encoder sees the keys; carries the gradient"""
+    own: Tensor
+    """`[B]` int64, the column of each query's own key"""
+    by_key: Tensor | None = None
+    """`[B, K]` as the key encoder sees them; never carries a gradient; None without a key encoder"""
+    image: Tensor | None = None
+    """`[B, K]` int64, the image of each column"""
+    nearest: slice | None = None
+    """the M nearest keys of the bank, by falling similarity"""
+    reached: slice | None = None
+    """the P images reached by walking the neighbour graph"""
+
+
+class Memory(nn.Module, ABC):
+    """Remembers keys. Abstract; `Queue` and `Bank` are final."""
+
+    @abstractmethod
+    def compare(self, q: Tensor, keys: Tensor | None, index: Tensor) -> tuple[Comparison, Memo]:
+        """Hold the queries `[B, D]` of this rank's images `index` `[B]` against the remembered keys.
+
+        `keys` `[B · ranks, D]` are the own keys of the whole batch in global order, None without a key encoder.
+        """
+
+    @abstractmethod
+    def remember(self, memos: list[Memo]) -> None:
+        """Write what `compare` asked back, one memo a key view, after the optimiser's step."""
+
+
+@settings
+class QueueMemory:
+    """A queue of the most recent keys (MoCo, 2020, section 3.1)."""
+
+    name: Literal["queue"] = "queue"
+    size: Annotated[int, Field(ge=1)] = 65536
+    """K, how many keys are remembered; any number, the queue wraps"""
+    batch_keys: bool = False
+    """the keys of the batch itself are candidates too, before the queue's (eztorch's `use_keys`)"""
+
+
+@settings
+class BatchMemory:
+    """No memory beyond the step: the candidates are the keys of the gathered batch, as in SimCLR.
+
+    Differs from SimCLR's published form: keys carry no gradient. With `key_momentum.start: 0` and symmetric pairs
+    both views are pulled, each in its turn as the query.
+    """
+
+    name: Literal["batch"] = "batch"
+
+
+@settings
+class BankMemory:
+    """One key per image of the set, and a graph of neighbours between them (InvP)."""
+
+    name: Literal["bank"] = "bank"
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
+    """how much of an old key stays when its image is seen again (m)"""
+    nearest: Annotated[int, Field(ge=1)] = 4096
+    """how many nearest keys are consulted (M); a set with fewer images uses all"""
+    neighbours: Annotated[int, Field(ge=1)] = 4
+    """edges out of each image (k)"""
+    steps: Annotated[int, Field(ge=1, le=6)] = 3
+    """how far the walk over the graph goes (l): 4 + 16 + 64 images for three steps of four neighbours"""
+    repeats: bool = True
+    """keep images that the walk meets again, and the starting image (the code); false makes a set (the paper)"""
+
+
+MemorySettings = Annotated[QueueMemory | BatchMemory | BankMemory, Field(discriminator="name")]
+
+
+class Queue(Memory):
+    """The `size` most recent keys, in a ring that accepts any number of keys at a time."""
+
+    keys: Tensor
+    born: Tensor
+    next: Tensor
+    written: Tensor
+
+    def __init__(self, size: int, dimension: int, *, batch_keys: bool = False) -> None:
+        super().__init__()
+        self.size = size
+        self.batch_keys = batch_keys
+        start = (
+            F.normalize(torch.randn(size, dimension), dim=1) if size else torch.zeros(0, dimension)
+        )  # [K, D]
+        self.register_buffer("keys", start)
+        self.register_buffer("born", torch.zeros(size, dtype=torch.int64))  # [K] write in which each key came
+        self.register_buffer("next", torch.zeros((), dtype=torch.int64))  # row that is written next
+        self.register_buffer("written", torch.zeros((), dtype=torch.int64))  # writes so far
+
+    def compare(self, q: Tensor, keys: Tensor | None, index: Tensor) -> tuple[Comparison, Memo]:
+        """Columns: the own key, then the queue; with `batch_keys` the whole batch's keys, then the queue."""
+        if keys is None:
+            raise ValueError("A queue remembers the key encoder's keys: give every pair a key view.")
+        keys = keys.detach()
+        k = distributed.local_part(keys)  # [B, D]
+        with torch.no_grad():
+            remembered = self.keys.to(q.dtype)  # [K, D]
+        if self.batch_keys:
+            candidates = torch.cat([keys.to(q.dtype), remembered])  # [B · ranks + K, D]
+            by_query, by_key = q @ candidates.T, k @ candidates.T  # [B, B · ranks + K] each
+            own = distributed.global_rows(len(q), q.device)  # [B]
+        else:
+            by_query = torch.cat([(q * k).sum(1, keepdim=True), q @ remembered.T], dim=1)  # [B, 1 + K]
+            by_key = torch.cat([(k * k).sum(1, keepdim=True), k @ remembered.T], dim=1)  # [B, 1 + K]
+            own = torch.zeros(len(q), dtype=torch.int64, device=q.device)  # [B]
+        return Comparison(by_query=by_query, by_key=by_key, own=own), (keys,)
+
+    @torch.no_grad()
+    def remember(self, memos: list[Memo]) -> None:
+        """Write the keys of every key view, in the order of the views; the oldest make room."""
+        self.written += 1
+        if not self.size:
+            return
+        keys = torch.cat([memo[0] for memo in memos])  # [views · B · ranks, D]
+        total = len(keys)
+        keys = keys[-self.size :]  # of more keys than fit, the last ones stay
+        rows = (self.next + total - len(keys) + torch.arange(len(keys), device=keys.device)) % self.size
+        self.keys[rows] = keys.to(self.keys.dtype)
+        self.born[rows] = self.written
+        self.next.copy_((self.next + total) % self.size)
+
+    def age(self) -> Tensor:
+        """Age of every key in steps `[K]`; keys of the random start count from the first step."""
+        return self.written - self.born
+
+
+class Bank(Memory):
+    """One key per image, moved a little each time its image is seen, and each image's nearest neighbours.
+
+    Source: InvP's `objective.py` at cad924e (MemoryBank_v1). The rows start un-normalised with a length of about
+    one, as there, and have length one from their first update on.
+    """
+
+    points: Tensor
+    neighbours: Tensor
+
+    def __init__(self, images: int, dimension: int, how: BankMemory) -> None:
+        super().__init__()
+        self.how = how
+        bound = (3.0 / dimension) ** 0.5
+        self.register_buffer("points", torch.empty(images, dimension).uniform_(-bound, bound))  # [N, D]
+        # Until an image is seen its neighbours are image 0; propagation starts after that.
+        self.register_buffer("neighbours", torch.zeros(images, how.neighbours, dtype=torch.int64))  # [N, k]
+
+    def compare(self, q: Tensor, keys: Tensor | None, index: Tensor) -> tuple[Comparison, Memo]:
+        """Columns: the own key, the M nearest of the bank, the images reached by the walk."""
+        wanted = max(self.how.nearest, self.how.neighbours + 1)
+        found = self.search(q.detach(), wanted)  # [B, M]
+        nearest = found[:, : self.how.nearest]  # [B, M]
+        reached = self.walk(index)  # [B, P]
+        image = torch.cat([index[:, None], nearest, reached], dim=1)  # [B, 1 + M + P]
+        columns = self.points[image.clamp(min=0)].to(q.dtype)  # [B, 1 + M + P, D]
+        by_query = torch.einsum("bd,bkd->bk", q, columns)  # [B, 1 + M + P]
+        seen = Comparison(
+            by_query=by_query,
+            own=torch.zeros(len(q), dtype=torch.int64, device=q.device),
+            image=image,
+            nearest=slice(1, 1 + nearest.shape[1]),
+            reached=slice(1 + nearest.shape[1], image.shape[1]),
+        )
+        fresh = self.without_self(found, index)  # [B, k]
+        return seen, (distributed.gather(index), distributed.gather(q.detach()), distributed.gather(fresh))
+
+    @torch.no_grad()
+    def search(self, q: Tensor, count: int, *, block: int = 65536) -> Tensor:
+        """Images `[B, M]` of the `count` keys most similar to each query `[B, D]`, by falling similarity.
+
+        Goes over the bank in blocks of rows, so that memory is B · (block + M) however many images there are.
+        """
+        best_value = best_image = None
+        for start in range(0, len(self.points), block):
+            similarity = q @ self.points[start : start + block].to(q.dtype).T  # [B, block]
+            value, image = similarity.topk(min(count, similarity.shape[1]), dim=1)  # [B, <= M] each
+            image = image + start
+            if best_value is None or best_image is None:
+                best_value, best_image = value, image
+                continue
+            value, image = torch.cat([best_value, value], dim=1), torch.cat([best_image, image], dim=1)
+            best_value, order = value.topk(min(count, value.shape[1]), dim=1)
+            best_image = image.gather(1, order)
+        if best_image is None:
+            raise ValueError("The bank has no images.")
+        return best_image  # [B, M]
+
+    def walk(self, index: Tensor) -> Tensor:
+        """Images `[B, P]` met by going up to `steps` edges from the images `index` `[B]`, breadth first.
+
+        P is k + k² + …; without repeats, columns of images met before and of the start are -1.
+        """
+        frontier = index[:, None]  # [B, 1]
+        layers = []
+        for _ in range(self.how.steps):
+            frontier = self.neighbours[frontier].flatten(1)  # [B, k ** depth]
+            layers.append(frontier)
+        met = torch.cat(layers, dim=1)  # [B, P]
+        if self.how.repeats:
+            return met
+        order = torch.sort(met, dim=1, stable=True)
+        again = torch.zeros_like(met, dtype=torch.bool)
+        again[:, 1:] = order.values[:, 1:] == order.values[:, :-1]
+        repeated = torch.zeros_like(again).scatter(1, order.indices, again)
+        return met.masked_fill(repeated | (met == index[:, None]), -1)  # [B, P]
+
+    def without_self(self, found: Tensor, index: Tensor) -> Tensor:
+        """Neighbours `[B, k]` out of the nearest `[B, >= k + 1]`: the (k+1)-th takes the place of the image itself.
+
+        The order of the k is therefore not always that of similarity (objective.py, `update_nn`).
+        """
+        k = self.how.neighbours
+        if found.shape[1] <= k:  # a set of hardly more images than neighbours
+            found = torch.cat([found, found[:, -1:].expand(-1, k + 1 - found.shape[1])], dim=1)
+        first = found[:, :k]
+        return torch.where(first == index[:, None], found[:, k : k + 1], first)  # [B, k]
+
+    @torch.no_grad()
+    def remember(self, memos: list[Memo]) -> None:
+        """Move the keys of the images just seen: v ← unit(m v + (1 − m) f), and give them new neighbours.
+
+        An image that stands twice in a batch (a replaced unreadable one) keeps the later of the two.
+        """
+        for index, features, fresh in memos:
+            position = torch.arange(len(index), device=index.device)
+            last = torch.full((len(self.points),), -1, dtype=torch.int64, device=index.device)
+            last.scatter_reduce_(0, index, position, reduce="amax")
+            rows = last[index] == position
+            index, features, fresh = index[rows], features[rows].to(self.points.dtype), fresh[rows]
+            old = self.points[index]  # [B, D]
+            self.points[index] = F.normalize(torch.lerp(features, old, self.how.momentum), dim=1)
+            self.neighbours[index] = fresh
+
+
+def build_memory(how: QueueMemory | BatchMemory | BankMemory, *, images: int, dimension: int) -> Memory:
+    """Make the memory that a recipe asks for; `images` is the size of the set, `dimension` that of a key."""
+    if isinstance(how, BankMemory):
+        return Bank(images, dimension, how)
+    if isinstance(how, BatchMemory):
+        return Queue(0, dimension, batch_keys=True)
+    return Queue(how.size, dimension, batch_keys=how.batch_keys)

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimisers, parameter groups, and schedules as pure functions of the step.
+
+A schedule has no state, so a resumed run needs none of it. Formulas are checked against the authors' code (golden
+numbers of LARS, SCE's learning rate and momentum, InvP's learning rate).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from kinfold.settings import settings
+from kinfold.views import Positive
+
+NotNegative = Annotated[float, Field(ge=0.0)]
+
+
+@settings
+class SGD:
+    """Stochastic gradient descent with momentum, as in `torch.optim.SGD`."""
+
+    name: Literal["sgd"] = "sgd"
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    weight_decay: NotNegative = 1e-4
+    nesterov: bool = False
+    decay_all: bool = True
+    """weight decay on biases and norms too (MoCo, SCE on CIFAR, InvP); false leaves them out (ReSSL)"""
+
+
+@settings
+class LARS:
+    """Layer-wise adaptive rate scaling (You et al., 2017), in the form that MoCo v3 and SCE use."""
+
+    name: Literal["lars"] = "lars"
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    weight_decay: NotNegative = 1e-6
+    trust: Positive = 1e-3
+    """trust coefficient; biases and norms get neither scaling nor decay"""
+
+
+@settings
+class AdamW:
+    """Adam with decoupled weight decay, as in `torch.optim.AdamW`; what vision transformers are trained with."""
+
+    name: Literal["adamw"] = "adamw"
+    betas: tuple[NotNegative, NotNegative] = (0.9, 0.999)
+    weight_decay: NotNegative = 0.05
+    decay_all: bool = False
+    """weight decay on biases and norms too"""
+
+
+@settings
+class CosineRate:
+    """Half a cosine from the base rate to zero, after a linear warm-up."""
+
+    name: Literal["cosine"] = "cosine"
+    base: Positive
+    """learning rate for a batch of `base_batch` images; scales linearly with the batch"""
+    base_batch: Annotated[int, Field(ge=1)] = 256
+    warmup_epochs: Annotated[int, Field(ge=0)] = 0
+    warmup_peak: Literal["last-step", "next-step"] = "last-step"
+    """whether the last of W warm-up steps has the full rate (SCE: t / (W−1), from 0) or the one after it (t / W)"""
+    per: Literal["step", "epoch"] = "step"
+    """how often the rate changes"""
+    first_epoch: Annotated[int, Field(ge=0)] = 0
+    """number of the first epoch in the formula: InvP counts from 1"""
+    of_epochs: Annotated[int, Field(ge=1)] | None = None
+    """length of the cosine; the run's epochs if not given (InvP: 800 for 799 epochs run)"""
+
+
+@settings
+class StepRate:
+    """The base rate, multiplied by `factor` at each milestone."""
+
+    name: Literal["steps"] = "steps"
+    base: Positive
+    """learning rate for a batch of `base_batch` images; scales linearly with the batch"""
+    base_batch: Annotated[int, Field(ge=1)] = 256
+    milestones: tuple[Annotated[int, Field(ge=1)], ...]
+    """epochs, counted as the first epoch's number says, from which on the rate is lower"""
+    factor: Positive = 0.1
+    first_epoch: Annotated[int, Field(ge=0)] = 0
+
+
+@settings
+class KeyMomentum:
+    """How much of the key encoder stays at each step (m): constant, or from `start` to `end` on a cosine per step."""
+
+    start: Annotated[float, Field(ge=0.0, le=1.0)] = 0.999
+    end: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    """value at the last step; constant if not given"""
+
+
+OptimizerSettings = Annotated[SGD | LARS | AdamW, Field(discriminator="name")]
+RateSettings = Annotated[CosineRate | StepRate, Field(discriminator="name")]
+
+
+def learning_rate(
+    how: CosineRate | StepRate, *, step: int, steps_per_epoch: int, epochs: int, batch_size: int
+) -> float:
+    """Give the learning rate of `step` (from 0) in a run of `epochs` with a global batch of `batch_size`.
+
+    Source: SCE `linear_warmup_cosine_annealing_lr.py`; moco `main_moco.py:492`; InvP `utils.py:203-216`.
+    """
+    base = how.base * batch_size / how.base_batch
+    epoch = step // steps_per_epoch + how.first_epoch
+    if isinstance(how, StepRate):
+        return base * how.factor ** sum(epoch >= milestone for milestone in how.milestones)
+    warmup = how.warmup_epochs * steps_per_epoch
+    if step < warmup:
+        span = warmup - 1 if how.warmup_peak == "last-step" else warmup
+        return base * step / max(span, 1)
+    length = how.of_epochs or epochs
+    if how.per == "epoch":
+        done = (epoch - how.warmup_epochs) / max(length - how.warmup_epochs, 1)
+    else:
+        done = (step + how.first_epoch * steps_per_epoch - warmup) / max(length * steps_per_epoch - warmup, 1)
+    return 0.5 * base * (1.0 + math.cos(math.pi * min(done, 1.0)))
+
+
+def key_momentum(how: KeyMomentum, *, step: int, steps: int) -> float:
+    """Give the momentum of `step` (from 0) in a run of `steps`: 1 − (1 − m₀)(cos(π t / (S − 1)) + 1) / 2 for end 1.
+
+    Source: SCE `momentum_base.py:87-143`.
+    """
+    if how.end is None:
+        return how.start
+    share = (math.cos(math.pi * step / max(steps - 1, 1)) + 1.0) / 2.0  # 1 at the start, 0 at the end
+    return how.end - (how.end - how.start) * share
+
+
+class Lars(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling: each weight's step is scaled by |p| / |g|.
+
+    For tensors of two or more dimensions g ← g + wd·p, then g ← trust·|p|/|g| · g (unscaled where either norm is
+    zero); for others neither. Then μ ← momentum·μ + g and p ← p − lr·μ. Differs from `timm.optim.Lars` in where decay
+    and learning rate enter, by 1e-4 and more after three steps. Source: SCE `optimizers/lars.py`, MoCo v3.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Any],
+        *,
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust: float = 1e-3,
+    ) -> None:
+        super().__init__(
+            parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust}
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take one step; returns the closure's loss, if there is a closure."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                g: Tensor = p.grad
+                if p.ndim > 1:
+                    g = g.add(p, alpha=group["weight_decay"])
+                    size, slope = torch.linalg.vector_norm(p), torch.linalg.vector_norm(g)
+                    ratio = group["trust"] * size / slope
+                    g = g * torch.where((size > 0) & (slope > 0), ratio, torch.ones_like(ratio))
+                state = self.state[p]
+                if "mu" not in state:
+                    state["mu"] = torch.zeros_like(p)
+                state["mu"].mul_(group["momentum"]).add_(g)
+                p.add_(state["mu"], alpha=-group["lr"])
+        return loss
+
+
+def build_optimizer(how: SGD | LARS | AdamW, model: nn.Module) -> torch.optim.Optimizer:
+    """Make the optimiser for the parameters of `model` that take a gradient; the rate is set at each step."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if isinstance(how, LARS):
+        return Lars(trained, lr=0.0, momentum=how.momentum, weight_decay=how.weight_decay, trust=how.trust)
+    groups: list[dict[str, Any]] = [{"params": trained}]
+    if not how.decay_all:
+        groups = [
+            {"params": [p for p in trained if p.ndim > 1]},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+    if isinstance(how, SGD):
+        return torch.optim.SGD(
+            groups, lr=0.0, momentum=how.momentum, weight_decay=how.weight_decay, nesterov=how.nesterov
+        )
+    return torch.optim.AdamW(groups, lr=0.0, betas=how.betas, weight_decay=how.weight_decay)

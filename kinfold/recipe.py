@@ -1,0 +1,358 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A `Recipe` holds everything that decides a result; a `Run` says where and how it is computed.
+
+A recipe never holds a path or a piece of hardware, and what can be derived is no setting. Recipes are YAML, complete and
+flat; on the command line `key=value` changes single settings, of the recipe or of the run, by their dotted names. What
+is unknown or of a wrong type is refused at load time, with its path and the nearest right name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError
+
+from kinfold.encoders import Backbone, BatchNorm, Head
+from kinfold.errors import UserError
+from kinfold.memory import BankMemory, MemorySettings
+from kinfold.methods import InvP, MethodSettings
+from kinfold.optim import KeyMomentum, OptimizerSettings, RateSettings
+from kinfold.settings import settings
+from kinfold.views import Views
+
+RECIPES = Path(__file__).parent / "recipes"
+
+Count = Annotated[int, Field(ge=1)]
+T = TypeVar("T")
+
+
+@settings
+class Images:
+    """What the images are, as numbers."""
+
+    channels: Count = 3
+    """1 for greyscale, 3 for RGB, more for multispectral arrays"""
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """mean of each channel on [0, 1]; ImageNet's unless given"""
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    """standard deviation of each channel on [0, 1]; ImageNet's unless given"""
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != self.channels:
+                raise ValueError(
+                    f"{name} has {len(getattr(self, name))} numbers for {self.channels} channels; give one a channel"
+                )
+        if min(self.std) <= 0:
+            raise ValueError("std: standard deviations are above zero")
+
+
+@settings
+class Recipe:
+    """Everything that decides the result of a pretraining, and nothing else."""
+
+    method: MethodSettings
+    memory: MemorySettings
+    views: Views
+    images: Images = Field(default_factory=Images)
+    backbone: Backbone = Field(default_factory=Backbone)
+    head: Head = Field(default_factory=Head)
+    predictor: Head | None = None
+    """behind the query encoder's head only (SCE on ImageNet)"""
+    batch_norm: BatchNorm = Field(default_factory=BatchNorm)
+    key_momentum: KeyMomentum = Field(default_factory=KeyMomentum)
+    optimizer: OptimizerSettings
+    learning_rate: RateSettings
+    batch_size: Count
+    """images a step over all devices; each device has its share"""
+    accumulate: Count = 1
+    """parts in which a device goes through its share, where it does not fit at once; batch norm sees one part"""
+    drop_last: bool = True
+    """leave out the last, smaller batch of an epoch; InvP keeps it"""
+    epochs: Count
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """number format of the encoders on devices that have bf16; elsewhere, and for every loss, fp32"""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    def __post_init__(self) -> None:
+        if self.memory.name not in self.method.memories:
+            raise ValueError(
+                f"memory.name: {self.method.name} stands on a memory of kind {' or '.join(self.method.memories)}, "
+                f"but got {self.memory.name!r}"
+            )
+        if isinstance(self.memory, BankMemory) == bool(self.views.keys):
+            raise ValueError(
+                "views.pairs: a bank has no key encoder, so its pairs are [[0, null]]; a queue or batch needs a key "
+                "view, as in [[0, 1]]"
+            )
+        if self.predictor is not None and self.predictor.out != self.head.out:
+            raise ValueError(
+                f"predictor.out: must be head.out ({self.head.out}), because predictions meet keys, but got "
+                f"{self.predictor.out}"
+            )
+        if isinstance(self.method, InvP) and isinstance(self.memory, BankMemory):
+            if (self.method.sets == "paper") == self.memory.repeats:
+                raise ValueError(
+                    f"memory.repeats: method.sets: {self.method.sets} goes with "
+                    f"repeats: {'false' if self.method.sets == 'paper' else 'true'}"
+                )
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate: {self.accumulate} does not divide batch_size {self.batch_size}")
+
+
+@settings
+class Run:
+    """Where a recipe is computed and how: nothing here is meant to change the result."""
+
+    data: str
+    """a folder of images, a parquet file or folder, a tar of shards, `hf:owner/name`, or `digits`"""
+    out: str
+    """the run folder; the same command on it resumes"""
+    split: str = "train"
+    """which split of the data to learn from, where it has splits"""
+    limit: Count | None = None
+    """learn from this many images only, spread evenly over the set"""
+    weights: str | None = None
+    """local file with backbone weights to start from (safetensors or tensors-only checkpoint)"""
+    device: str = "auto"
+    """`auto` takes CUDA where there is one; `cpu`, `cuda`, `cuda:1`, `mps`"""
+    workers: Annotated[int, Field(ge=0)] | None = None
+    """processes that decode images; none for sets that live on the device, else one a core up to 16, if not given"""
+    resident: bool | None = None
+    """keep the decoded set on the device; decided by its size if not given"""
+    compile: bool = False
+    """compile the encoders (torch.compile): slower to start, faster on a GPU"""
+    log_every: Count = 10
+    """steps between lines of metrics.jsonl"""
+    checkpoint_every: Count = 1
+    """epochs between checkpoints"""
+    checkpoint_steps: Count | None = None
+    """steps between checkpoints, in addition; for epochs that take hours"""
+    probe_every: Annotated[int, Field(ge=0)] = 5
+    """epochs between probes; 0 for none but the last"""
+    probe_data: str | None = None
+    """labelled images for the k-NN probe; a test or validation split of `data` if there is one, else held-out ones"""
+    probe_limit: Count = 5000
+    """at most this many images on each side of a probe"""
+    tensorboard: bool = False
+    wandb: str | None = None
+    """project name on Weights & Biases"""
+
+
+class _Reader(yaml.SafeLoader):
+    """YAML with numbers and truth values as people expect them: `1e-6` is a number, `on` is a word."""
+
+
+_Reader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
+    for _REPLACED in [{"tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp"}]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Reader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$"), list("tf"))
+_Reader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$"),
+    list("-+.0123456789"),
+)
+
+
+def _unique_mapping(reader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    """Read a mapping and refuse a key that stands twice, which YAML would silently overwrite."""
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = reader.construct_object(key_node)
+        if key in seen:
+            raise UserError(f"line {key_node.start_mark.line + 1}: the key {key!r} stands twice; remove one.")
+        seen.add(key)
+    return reader.construct_mapping(node, deep=True)
+
+
+_Reader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
+
+
+def read_yaml(text: str, *, source: str) -> Any:
+    """Parse YAML text; `source` names it in messages. Raises `UserError` where it is not YAML."""
+    try:
+        return yaml.load(text, Loader=_Reader)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the package, such as `sce/cifar10`."""
+    return sorted(
+        path.relative_to(RECIPES).with_suffix("").as_posix()
+        for path in RECIPES.rglob("*.yaml")
+        if path.relative_to(RECIPES).parts[0] != "evaluate"
+    )
+
+
+def find_recipe(name: str, *, folder: Path = RECIPES) -> Path:
+    """Find a recipe by its name or as a file. Raises `UserError` with the nearest names if there is none."""
+    for path in (folder / f"{name}.yaml", Path(name)):
+        if path.is_file():
+            return path
+    names = sorted(p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.yaml"))
+    ends = [n for n in names if name in n]
+    near = ends or difflib.get_close_matches(name, names, n=4, cutoff=0.4)
+    hint = f" Did you mean {', '.join(near[:4])}?" if near else ""
+    raise UserError(f"There is no recipe {name!r}, and no such file.{hint} `kinfold recipes` lists them all.")
+
+
+def load(
+    recipe: str = "own-images", overrides: Sequence[str] = (), *, run: dict[str, Any] | None = None
+) -> tuple[Recipe, Run]:
+    """Read a recipe by name or file, change it as the `key=value` words say, and check all of it.
+
+    Words whose first name is a setting of `Run` change the run. Raises `UserError` with the path of what is wrong.
+    """
+    path = find_recipe(recipe)
+    values = read_yaml(path.read_text(encoding="utf-8"), source=str(recipe))
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{recipe}: a recipe is a mapping of settings, but this file holds {type(values).__name__}."
+        )
+    run_values: dict[str, Any] = dict(run or {})
+    run_names = {f.name for f in fields(Run)}  # type: ignore[arg-type]
+    recipe_settings = {f.name for f in fields(Recipe)}  # type: ignore[arg-type]
+    for word in overrides:
+        key, sign, text = word.partition("=")
+        if not sign or not key:
+            raise UserError(f"{word!r} is no setting. Write key=value, for example epochs=100 or workers=4.")
+        value = read_yaml(text, source=word) if text.strip() else None
+        first = key.split(".")[0]
+        if first in run_names:
+            run_values[key] = value
+        elif first in recipe_settings:
+            _assign(values, key, value)
+        else:
+            near = difflib.get_close_matches(first, sorted(run_names | recipe_settings), n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise UserError(f"{key}: there is no such setting.{hint} `kinfold recipes show NAME` shows them.")
+    return parse(Recipe, values, source=str(recipe)), parse(Run, run_values, source="run")
+
+
+def _assign(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set the entry with the dotted name `key`; a number counts list entries and `*` means all of them."""
+    parts = key.split(".")
+    places: list[Any] = [values]
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        following: list[Any] = []
+        for place in places:
+            if isinstance(place, list):
+                if part != "*" and not (part.isdigit() and int(part) < len(place)):
+                    raise UserError(
+                        f"{key}: {part!r} is no entry; give a number from 0 to {len(place) - 1}, or *."
+                    )
+                chosen: list[Any] = list(range(len(place))) if part == "*" else [int(part)]
+            elif isinstance(place, dict):
+                chosen = [part]
+            else:
+                raise UserError(f"{key}: {'.'.join(parts[:depth])} is a single value and has no {part!r}.")
+            for entry in chosen:
+                if last:
+                    place[entry] = value
+                else:
+                    if isinstance(place, dict) and place.get(entry) is None:
+                        place[entry] = {}
+                    following.append(place[entry])
+        places = following
+
+
+def parse(kind: type[T], values: Any, *, source: str) -> T:
+    """Check plain values against a settings class. Raises `UserError` listing every fault with its path."""
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        lines = [_explain(kind, fault) for fault in error.errors(include_url=False)]
+        raise UserError(f"{source}: " + ("\n  ".join(["", *lines]) if len(lines) > 1 else lines[0])) from None
+
+
+def _explain(kind: type, fault: Any) -> str:
+    """Say one fault that pydantic found: path, what was given, what to write."""
+    path, owner = _path_of(kind, fault["loc"])
+    if fault["type"] == "unexpected_keyword_argument":
+        names = [f.name for f in fields(owner)] if owner is not None and is_dataclass(owner) else []
+        near = difflib.get_close_matches(str(fault["loc"][-1]), names, n=1, cutoff=0.5)
+        known = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(names)}."
+        return f"{path}: unknown setting. {known}"
+    if fault["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return f"{path}: missing; give it a value."
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "value_error":
+        return f"{path}: {message}" if path else message
+    return f"{path}: {message[0].lower() + message[1:]}, but got {json.dumps(fault['input'], default=str)}"
+
+
+def _path_of(kind: Any, location: tuple[Any, ...]) -> tuple[str, Any]:
+    """The dotted path that a person wrote for pydantic's location, and the class that holds its last part."""
+    path: list[str] = []
+    owner: Any = kind
+    for part in location:
+        options = _dataclasses_in(kind)
+        tagged = next((o for o in options if getattr(o, "name", None) == part), None)
+        if tagged is not None and part not in {f.name for f in fields(tagged)}:
+            kind = tagged
+            continue
+        if isinstance(part, str) and not path and not options:
+            continue
+        path.append(str(part))
+        owner = options[0] if options else None
+        known = {f.name: f.type for f in fields(options[0])} if options else {}
+        kind = _hints(options[0]).get(part) if options and part in known else kind
+    return ".".join(path), owner
+
+
+def _hints(owner: Any) -> dict[str, Any]:
+    """The annotations of a settings class, evaluated."""
+    return get_type_hints(owner, include_extras=True)
+
+
+def _dataclasses_in(kind: Any) -> list[Any]:
+    """The settings classes inside an annotation, through unions, tuples and `Annotated`."""
+    if is_dataclass(kind):
+        return [kind]
+    if get_origin(kind) is None and not get_args(kind):
+        return []
+    return [found for inner in get_args(kind) for found in _dataclasses_in(inner)]
+
+
+def plain(value: Any) -> dict[str, Any]:
+    """Settings as plain values, complete, ready for YAML or JSON."""
+    result: dict[str, Any] = TypeAdapter(type(value)).dump_python(value, mode="json")
+    return result
+
+
+def to_yaml(value: Any) -> str:
+    """Settings as YAML, complete, in the order of their definition."""
+    return yaml.safe_dump(plain(value), sort_keys=False, allow_unicode=True, width=110)
+
+
+def differences(first: Any, second: Any, *, path: str = "") -> list[str]:
+    """Dotted names and values in which two plain structures differ: `epochs: 100 here, 200 there`."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        keys = [*first, *(k for k in second if k not in first)]
+        return [
+            d for k in keys for d in differences(first.get(k), second.get(k), path=f"{path}.{k}".lstrip("."))
+        ]
+    if isinstance(first, list) and isinstance(second, list) and len(first) == len(second):
+        return [
+            d for i, (a, b) in enumerate(zip(first, second)) for d in differences(a, b, path=f"{path}.{i}")
+        ]
+    return [] if first == second else [f"{path}: {json.dumps(first)} here, {json.dumps(second)} there"]
+
+
+def digest(recipe: Recipe) -> str:
+    """Eight hex digits that stand for a recipe."""
+    return hashlib.sha256(json.dumps(plain(recipe), sort_keys=True).encode()).hexdigest()[:8]
