@@ -57,9 +57,7 @@ def save(folder: Path, state: dict[str, Any], *, step: int, keep: int = 2) -> Pa
     could not be read back without running code.
     """
     if step < 0 or keep < 1:
-        raise ValueError(
-            f"step {step} and keep {keep}: a step is 0 or more, and at least one checkpoint is kept."
-        )
+        raise ValueError(f"step {step} and keep {keep}: a step is 0 or more, and at least one checkpoint is kept.")
     _refuse_code(state, "state")
     folder = folder / FOLDER
     path = folder / f"step-{step:08d}.pt"
@@ -103,9 +101,7 @@ def load_latest(folder: Path) -> Loaded | None:
         except MemoryError:
             raise
         except Exception as error:  # torch.load raises many kinds; each means that this file is of no use
-            skipped.append(
-                f"{path.name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-            )
+            skipped.append(f"{path.name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
             continue
         if found > FORMAT:
             raise UserError(
@@ -236,18 +232,13 @@ def _check(path: Path) -> None:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest not in known:
         size = path.stat().st_size
-        raise ValueError(
-            f"truncated or damaged, its {size:,} bytes do not have the hash they were written with"
-        )
+        raise ValueError(f"truncated or damaged, its {size:,} bytes do not have the hash they were written with")
 
 
 def _remove_leftovers(folder: Path) -> None:
     """Remove what a killed run has left: temporary files, and hashes whose file never came."""
     for path in folder.glob("step-*"):
-        orphan = (
-            path.name.endswith(".pt.sha256")
-            and not path.with_name(path.name.removesuffix(".sha256")).exists()
-        )
+        orphan = path.name.endswith(".pt.sha256") and not path.with_name(path.name.removesuffix(".sha256")).exists()
         if orphan or path.name.endswith((".pt.tmp", ".sha256.tmp")):
             path.unlink(missing_ok=True)
 
@@ -274,9 +265,7 @@ def _no_room(folder: Path, step: int, file: _Hashing | None, error: OSError) -> 
     except OSError:
         free = "unknown free space"
     older = [path for path in _standing(folder) if _step(path) != step]
-    stands = (
-        f"The checkpoint of step {_step(older[0]):,} stands" if older else "There is no earlier checkpoint"
-    )
+    stands = f"The checkpoint of step {_step(older[0]):,} stands" if older else "There is no earlier checkpoint"
     return (
         f"The checkpoint of step {step:,} could not be written to {folder}: {error.strerror or error}.{size}"
         f"{'; the disk has' if size else ' The disk has'} {free}. {stands}; "

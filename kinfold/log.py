@@ -257,7 +257,7 @@ class Console:
     def update(
         self, step: int, epoch: float, images_per_second: float, losses: dict[str, float], waiting: float
     ) -> None:
-        """Show that `step` steps are done; `waiting` is the share of the time, 0 to 1, spent waiting for data."""
+        """Show that `step` steps are done; `waiting` is the share of time, 0 to 1, spent waiting for data."""
         now = self._clock()
         self._step = step
         self._recent.append((now, step))
@@ -267,7 +267,7 @@ class Console:
             f"epoch {epoch:g}" if epoch == int(epoch) else f"epoch {epoch:.2f}",
             f"{images_per_second:,.0f} images/s",
             *(f"{name} {value:.4g}" for name, value in losses.items()),
-            f"waiting for data {waiting:.0%}",
+            f"data wait {waiting:.0%}",
         ]
         self._told = False
         if self._live is None and (now - self._told_at >= _PLAIN_EVERY or step >= self._total):
@@ -355,9 +355,7 @@ def _cut_unfinished_line(path: Path) -> None:
 
 
 def _not_installed(sink: str, error: ImportError) -> str:
-    return (
-        f"The log was asked to go to {sink}, which is not installed ({error}). pip install 'kinfold[{sink}]'"
-    )
+    return f"The log was asked to go to {sink}, which is not installed ({error}). pip install 'kinfold[{sink}]'"
 
 
 def _cannot_write(path: Path, error: OSError) -> str:

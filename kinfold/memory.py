@@ -156,10 +156,6 @@ class Queue(Memory):
         self.born[rows] = self.written
         self.next.copy_((self.next + total) % self.size)
 
-    def age(self) -> Tensor:
-        """Age of every key in steps `[K]`; keys of the random start count from the first step."""
-        return self.written - self.born
-
 
 class Bank(Memory):
     """One key per image, moved a little each time its image is seen, and each image's nearest neighbours.

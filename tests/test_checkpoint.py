@@ -139,9 +139,7 @@ def test_nothing_readable_is_an_error_that_names_each_file(tmp_path: Path) -> No
     assert "step-00000002.pt" in str(error.value)
 
 
-def test_a_newer_format_is_refused_and_not_passed_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_newer_format_is_refused_and_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint.save(tmp_path, state_of(1), step=1)
     monkeypatch.setattr(checkpoint, "FORMAT", 2)
     checkpoint.save(tmp_path, state_of(2), step=2)
@@ -172,9 +170,7 @@ def test_what_could_not_be_read_back_is_refused_before_writing(tmp_path: Path, v
 
 
 @pytest.mark.parametrize("call", ["write", "fsync", "replace"])
-def test_a_full_disk_is_told_and_costs_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
+def test_a_full_disk_is_told_and_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     checkpoint.save(tmp_path, state_of(1), step=1)
     before = names(tmp_path)
 

@@ -1,3 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images on their way to the model: where they lie, how they are decoded, how views and batches are made of
-them."""
+"""Images on their way to the model: where they lie, how they are decoded, how batches are made of them."""

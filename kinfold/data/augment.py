@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Augmentation in two halves: the numbers of a view, drawn from its address, and the pixels, made on the
-device.
+"""Augmentation in two halves: a view's numbers, drawn from its address, and its pixels, made on the device.
 
 `draw` says for every image of a batch where its crop lies and what happens to its colours; `photometric` does
 the latter for the whole batch at once, each image with its own numbers. For the same numbers it equals the
-functions of `torchvision.transforms.v2.functional` on float images; the distributions are those of
-torchvision's `RandomResizedCrop`, `ColorJitter`, `RandomGrayscale`, `GaussianBlur`, `RandomSolarize` and
-`RandomHorizontalFlip`.
+functions of `torchvision.transforms.v2.functional` on float images; the distributions are those of torchvision's
+`RandomResizedCrop`, `ColorJitter`, `RandomGrayscale`, `GaussianBlur`, `RandomSolarize` and `RandomHorizontalFlip`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Protocol
 
@@ -28,6 +26,7 @@ from kinfold.views import Augmentation
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 _TRIES = 10  # RandomResizedCrop's; then it takes the middle of the image
 _DRAWS = 2 * _TRIES + 16
+_CACHE = 2**20  # numbers of a piece of a batch on a CPU: 4 MiB of float32
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -61,6 +60,10 @@ class Drawn:
     """[B]: standard deviation of the blur in pixels, where `blur` is true"""
     solarize: Flags
     """[B]"""
+
+    def part(self, start: int, stop: int) -> Drawn:
+        """The numbers of images `start` to `stop` of the batch."""
+        return Drawn(**{field.name: getattr(self, field.name)[start:stop] for field in fields(self)})
 
 
 def draw(
@@ -140,8 +143,22 @@ def photometric(
     In the order of `Augmentation`: colour and grey (or grey and colour), blur, solarise, flip, normalise.
     With other than 3 channels brightness and contrast act, and saturation, hue and grey are left out.
     """
+    centre = torch.tensor(mean, dtype=torch.float32, device=images.device)[:, None, None]  # [C, 1, 1]
+    spread = torch.tensor(std, dtype=torch.float32, device=images.device)[:, None, None]  # [C, 1, 1]
+    result = images.clone()  # [B, C, S, S]
+    # On a CPU the batch goes through in pieces that stay in its cache, a third faster at 224 pixels.
+    numbers = math.prod(images.shape[1:])
+    piece = max(1, _CACHE // numbers) if images.device.type == "cpu" else len(images)
+    for start in range(0, len(images), piece):
+        some = slice(start, start + piece)
+        changed = _change(result[some], drawn.part(start, start + piece), augmentation)
+        torch.sub(changed, centre, out=result[some]).div_(spread)
+    return result  # [B, C, S, S]
+
+
+def _change(images: Tensor, drawn: Drawn, augmentation: Augmentation) -> Tensor:
+    """Everything but the normalisation; may write into `images`."""
     colour = images.shape[1] == 3
-    images = images.clone()  # [B, C, S, S]
     if augmentation.grey_first and colour:
         images = _where(drawn.grey, images, _three_times_grey)
     if any(augmentation.jitter):
@@ -157,10 +174,7 @@ def photometric(
     images = _where(drawn.blur, images, lambda some: _blur(some, drawn.sigma[drawn.blur], half))
     limit = augmentation.solarize_threshold
     images = _where(drawn.solarize, images, lambda some: torch.where(some >= limit, 1.0 - some, some))
-    images = _where(drawn.flip, images, lambda some: some.flip(3))
-    centre = torch.tensor(mean, dtype=torch.float32, device=images.device)[:, None, None]  # [C, 1, 1]
-    spread = torch.tensor(std, dtype=torch.float32, device=images.device)[:, None, None]  # [C, 1, 1]
-    return images.sub_(centre).div_(spread)  # [B, C, S, S]
+    return _where(drawn.flip, images, lambda some: some.flip(3))  # [B, C, S, S]
 
 
 def _where(mask: Flags, images: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
@@ -223,8 +237,7 @@ def _saturation(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def _hue(images: Tensor, factor: Tensor) -> Tensor:
-    """Turn the hue by `factor` of a full circle: HSV there and back, without writing out saturation and
-    value.
+    """Turn the hue by `factor` of a full circle: to HSV and back without writing out saturation and value.
 
     A colour lies between its smallest and largest channel; how far up each channel lies is a trapezium of the
     hue (counted 0 to 6 from red over green and blue), so turning the hue slides three trapezia.
@@ -257,8 +270,9 @@ def _blur(images: Tensor, sigma: Floats, half: int) -> Tensor:
         size = images.shape[axis]
         around = images.index_select(axis, _mirror(size, half).to(images.device, non_blocking=True))
         images = around.narrow(axis, half, size) * weights[half]  # [n, C, S, S]
-        # The kernel is even: the two pixels at one distance are added first, which halves the products. On a CPU
-        # faster than a grouped convolution, and a sum's order does not depend on how many images there are.
+        # The kernel is even: the two pixels at one distance are added first, which halves the products. On
+        # a CPU faster than a grouped convolution, and a sum's order does not depend on how many images there
+        # are.
         for step in range(1, half + 1):
             pair = around.narrow(axis, half - step, size) + around.narrow(axis, half + step, size)
             images.addcmul_(pair, weights[half + step])

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cut a box out of an image and resize it, in a loader worker or on the device for a whole batch.
 
-Both ways resize with the antialiased triangle filter ("bilinear with antialias") of PIL and torch, and both
-agree with `torchvision.transforms.v2.functional.resized_crop(antialias=True)` on uint8 images: the worker's
-to the bit, the batch's within one level of 255, because it does not round.
+Both ways resize with the antialiased triangle filter ("bilinear with antialias") of PIL and torch, and both agree
+with `torchvision.transforms.v2.functional.resized_crop(antialias=True)` on uint8 images within one level of 255.
+The worker's result is whole levels, the batch's is not rounded.
 """
 
 from __future__ import annotations
@@ -50,11 +50,9 @@ def crop_resize_batch(images: Tensor, index: Tensor, boxes: Tensor, size: int) -
 
 
 def triangle(start: Tensor, extent: Tensor, *, length: int, size: int) -> Tensor:
-    """Weights that resize `extent` pixels from `start` on to `size`, each row summing to 1: [B, size,
-    length].
+    """Weights [B, size, length] that resize `extent` pixels from `start` on; each row sums to 1.
 
-    `start` and `extent` are float [B]. Pixels outside the box have weight zero, as if it had been cut out
-    first.
+    `start` and `extent` are float [B]. Pixels outside the box weigh nothing, as if it had been cut out first.
     """
     device = start.device
     scale = (extent / size)[:, None, None]  # [B, 1, 1]
@@ -70,13 +68,24 @@ def triangle(start: Tensor, extent: Tensor, *, length: int, size: int) -> Tensor
 def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Apply one matrix per image to its rows and one to its columns: [B, C, H, W] -> [B, C, R, S].
 
-    `rows` is [B, R, H] and `columns` [B, S, W]. In full float32: an autocast around the loop does not reach
-    in here.
+    `rows` is [B, R, H] and `columns` [B, S, W]. In float32: an autocast around the loop does not reach in
+    here.
     """
-    b, c, h, w = images.shape
     r, s = rows.shape[1], columns.shape[1]
+    # On a CPU a product's last bit can depend on where in memory its matrix begins, and so on the image's place in
+    # the batch. With every side a multiple of 16 numbers (64 bytes) all begin alike.
+    images, rows, columns = _pad(images), _pad(rows), _pad(columns)
+    b, c, h, w = images.shape
     with torch.autocast(images.device.type, enabled=False):
-        across = torch.bmm(images.reshape(b, c * h, w), columns.transpose(1, 2))  # [B, C * H, S]
-        across = across.view(b, c, h, s).transpose(1, 2).reshape(b, h, c * s)  # [B, H, C * S]
+        across = torch.bmm(images.view(b, c * h, w), columns.transpose(1, 2))  # [B, C * H, S]
+        across = across.view(b, c, h, -1).transpose(1, 2).reshape(b, h, -1)  # [B, H, C * S]
         down = torch.bmm(rows, across)  # [B, R, C * S]
-    return down.view(b, r, c, s).transpose(1, 2).contiguous()  # [B, C, R, S]
+    return down.view(b, rows.shape[1], c, -1).transpose(1, 2)[:, :, :r, :s].contiguous()  # [B, C, R, S]
+
+
+def _pad(matrices: Tensor) -> Tensor:
+    """Fill the last two sides up with zeros to multiples of 16."""
+    height, width = matrices.shape[-2:]
+    if height % 16 == 0 and width % 16 == 0:
+        return matrices.contiguous()
+    return torch.nn.functional.pad(matrices, (0, -width % 16, 0, -height % 16))

@@ -267,9 +267,7 @@ def _eight_bits(array: Array, bits: int = 16) -> Pixels:
         if values.min() >= 0 and values.max() <= 1:
             return np.rint(values * 255).astype(np.uint8)
         return _stretch(values)
-    raise Undecodable(
-        f"values of type {array.dtype} have no known scale; use uint8, uint16 or floats in [0, 1]"
-    )
+    raise Undecodable(f"values of type {array.dtype} have no known scale; use uint8, uint16 or floats in [0, 1]")
 
 
 def _stretch(values: npt.NDArray[np.float64]) -> Pixels:
@@ -278,7 +276,8 @@ def _stretch(values: npt.NDArray[np.float64]) -> Pixels:
     span = high / 2 - low / 2
     if span == 0:
         return np.zeros(values.shape, np.uint8)
-    return np.rint((values / 2 - low / 2) / span * 255).astype(np.uint8)
+    stretched: Pixels = np.rint((values / 2 - low / 2) / span * 255).astype(np.uint8)
+    return stretched
 
 
 def _fit(array: Pixels, channels: int) -> Pixels:

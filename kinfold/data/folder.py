@@ -25,23 +25,7 @@ from kinfold.data.splits import choose, split_of_word
 from kinfold.errors import UserError
 
 EXTENSIONS = frozenset(
-    [
-        "jpg",
-        "jpeg",
-        "jpe",
-        "jfif",
-        "png",
-        "webp",
-        "bmp",
-        "dib",
-        "tif",
-        "tiff",
-        "gif",
-        "ppm",
-        "pgm",
-        "pbm",
-        "npy",
-    ],
+    ["jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "dib", "tif", "tiff", "gif", "ppm", "pgm", "pbm", "npy"]
 )
 """What is taken for an image by its name, in lower case."""
 
@@ -134,7 +118,8 @@ def _scan(root: str) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
         directories.append(here)
         changed.append(state.st_mtime_ns)
         for entry in content:
-            if entry.name.startswith("."):
+            # What a disk's own repair puts aside belongs to root and may not be looked into.
+            if entry.name.startswith(".") or entry.name == "lost+found":
                 continue
             below = f"{here}/{entry.name}" if here else entry.name
             if entry.is_dir():

@@ -31,8 +31,7 @@ _ALIGNMENT = 64
 
 
 class Names:
-    """A read-only row of byte strings: `blob` uint8 holds them end to end, `offsets` int64 [N + 1] where
-    each starts."""
+    """A read-only row of byte strings: `blob` uint8 is all of them, `offsets` int64 [N + 1] their bounds."""
 
     def __init__(self, blob: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64]) -> None:
         self.blob = blob
@@ -55,7 +54,7 @@ class Names:
     def hash_into(self, digest: Any, start: int, stop: int) -> None:
         """Feed the names `start` to `stop` and their lengths to a hashlib object."""
         digest.update(np.diff(self.offsets[start : stop + 1]).tobytes())
-        digest.update(memoryview(np.ascontiguousarray(self.blob[self.offsets[start] : self.offsets[stop]])))
+        digest.update(self.blob[self.offsets[start] : self.offsets[stop]].tobytes())
 
 
 class Index(NamedTuple):

@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command: reads the words, calls the package, and turns what a person can mend into one message.
+
+Nothing heavy is imported before a command runs, so that `kinfold --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from kinfold.errors import UserError
+
+app = typer.Typer(
+    name="kinfold",
+    help="Image representations without labels: pretrain a backbone on your images, evaluate it, take it away.",
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+DATA_HELP = (
+    "A folder of images (nested as you like), a Parquet or Arrow file or folder, tar shards, hf:OWNER/NAME on the Hub, "
+    "or `digits`."
+)
+SETTINGS_HELP = (
+    "key=value, any setting of the recipe or the run by its dotted name: epochs=100 batch_size=128 "
+    "method.temperature=0.2 views.augment.*.size=96 workers=8 device=cuda."
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from kinfold import __version__
+
+        typer.echo(f"kinfold {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show where in the code an error came from.")
+    ] = False,
+    version: Annotated[
+        Optional[bool],  # noqa: UP045 - typer reads this form on every Python
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = None,
+) -> None:
+    """Hold the options that stand before every command; `main` reads --traceback itself."""
+
+
+@app.command()
+def pretrain(
+    data: Annotated[str, typer.Argument(help=DATA_HELP)],
+    settings: Annotated[Optional[list[str]], typer.Argument(help=SETTINGS_HELP)] = None,  # noqa: UP045
+    recipe: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--recipe", "-r", help="A name from `kinfold recipes`, or a YAML file. Default: own-images."),
+    ] = None,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--out", "-o", help="The run folder. The same command on the same folder resumes."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but warnings and the result.")] = False,
+) -> None:
+    """Learn a backbone from images without labels.
+
+    Stop it whenever you like: SIGTERM and Ctrl-C write a checkpoint first (exit code 143 or 130), and the same command
+    goes on bit for bit. On several devices: torchrun --nproc-per-node 8 -m kinfold pretrain ...
+    """
+    from kinfold.pretrain import pretrain as learn
+    from kinfold.recipe import load
+
+    name = recipe or ("digits" if data == "digits" else "own-images")
+    folder = out or default_folder(name, data)
+    asked, run = load(name, settings or [], run={"data": data, "out": str(folder)})
+    done = learn(asked, run, quiet=quiet)
+    from kinfold import distributed
+
+    if distributed.is_main():
+        tell(done)
+    distributed.stop()
+    if done.signal is not None:
+        raise typer.Exit(128 + done.signal)
+
+
+def default_folder(recipe: str, data: str) -> Path:
+    """The run folder where none is named: runs/RECIPE-DATA."""
+    stem = Path(recipe).with_suffix("").as_posix() if Path(recipe).is_file() else recipe
+    last = [part for part in stem.replace("\\", "/").split("/") if part not in ("", ".", "..")][-2:]
+    name = Path(data.rstrip("/")).resolve().name if Path(data).exists() else data.split(":")[-1].replace("/", "-")
+    return Path("runs") / "-".join([*last, name.split(".")[0] or "data"])
+
+
+def tell(done: Any) -> None:
+    """Say what a pretraining left behind and what to do with it."""
+    if done.signal is not None:
+        typer.echo(f"Stopped at step {done.step} of {done.steps}. The same command goes on from there.")
+    else:
+        typer.echo(f"Done: {done.steps} steps. This start took {done.seconds:.0f} s.")
+    if done.bad:
+        names = list(done.bad)
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        typer.echo(
+            f"{len(names)} image{'s' if len(names) > 1 else ''} could not be read and {'were' if len(names) > 1 else 'was'} "
+            f"replaced by others: {', '.join(names[:3])}{more}. All are in {done.folder / 'summary.json'}."
+        )
+    rows = [
+        ("backbone", done.folder / "backbone.safetensors"),
+        ("metrics", done.folder / "metrics.jsonl"),
+        ("summary", done.folder / "summary.json"),
+    ]
+    for what, path in rows:
+        typer.echo(f"  {what:10} {path}")
+
+
+@app.command()
+def evaluate(
+    protocol: Annotated[str, typer.Argument(help="knn or linear.")],
+    settings: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(help="key=value, settings of the protocol: neighbours=[200] temperatures=[0.1] epochs=100."),
+    ] = None,
+    backbone: Annotated[
+        str,
+        typer.Option("--backbone", "-b", help="A run folder, a .safetensors file, timm:NAME or torchvision:NAME."),
+    ] = "",
+    data: Annotated[str, typer.Option("--data", "-d", help=DATA_HELP + " With labels.")] = "",
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", help="A paper's variant of the protocol, as in `kinfold recipes`.")
+    ] = "default",
+    out: Annotated[
+        Optional[Path], typer.Option("--out", "-o", help="Where the JSON result goes.")  # noqa: UP045
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    workers: Annotated[Optional[int], typer.Option(help="Processes that decode images.")] = None,  # noqa: UP045
+    limit: Annotated[Optional[int], typer.Option(help="Use this many images of each split only.")] = None,  # noqa: UP045
+    size: Annotated[Optional[int], typer.Option(help="Side of the images in pixels.")] = None,  # noqa: UP045
+) -> None:
+    """Measure a backbone on labelled images: weighted k-NN, or a linear classifier on frozen features."""
+    from kinfold.evaluate import evaluate as measure
+
+    for name, value in (("--backbone", backbone), ("--data", data)):
+        if not value:
+            raise UserError(f"{name} is missing. For example: kinfold evaluate knn --backbone runs/mine --data photos/")
+    result = measure(
+        protocol,
+        backbone,
+        data,
+        recipe=recipe,
+        overrides=settings or [],
+        out=out,
+        device=device,
+        workers=workers,
+        limit=limit,
+        size=size,
+    )
+    for name, value in result["values"].items():
+        typer.echo(f"{name:28} {value:.2f}")
+    typer.echo(f"written to {result['file']}")
+
+
+@app.command()
+def embed(
+    backbone: Annotated[
+        str, typer.Argument(help="A run folder, a .safetensors file, timm:NAME or torchvision:NAME.")
+    ],
+    data: Annotated[str, typer.Argument(help=DATA_HELP)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The Parquet file to write.")] = Path("embeddings.parquet"),
+    split: Annotated[str, typer.Option(help="Which split of the data, where it has splits.")] = "train",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    workers: Annotated[Optional[int], typer.Option(help="Processes that decode images.")] = None,  # noqa: UP045
+    limit: Annotated[Optional[int], typer.Option(help="Embed this many images only.")] = None,  # noqa: UP045
+    size: Annotated[Optional[int], typer.Option(help="Side of the images in pixels.")] = None,  # noqa: UP045
+) -> None:
+    """Write a Parquet file with the path, embedding and label of every image."""
+    from kinfold.embeddings import embed as write
+
+    written = write(
+        backbone, data, out, split=split, device=device, workers=workers, limit=limit, size=size
+    )
+    typer.echo(f"{written.images} embeddings of {written.dimension} numbers are in {written.path}")
+    if written.bad:
+        names = list(written.bad)
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        typer.echo(f"{len(names)} could not be read and were left out: {', '.join(names[:3])}{more}")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder, or its backbone.safetensors.")],
+    out: Annotated[Path, typer.Argument(help="The .safetensors file to write; a card is put beside it.")],
+    names: Annotated[
+        str, typer.Option(help="Whose names the weights get: kinfold, timm or torchvision.")
+    ] = "timm",
+) -> None:
+    """Write the backbone so that timm or torchvision load it by their own names."""
+    from kinfold.export import export_file
+
+    path = export_file(run, out, names=names)
+    typer.echo(f"written to {path}, with its card {path.with_suffix('.md')}")
+
+
+recipes_app = typer.Typer(help="List the recipes, show one complete, or print the JSON schema.", invoke_without_command=True)
+app.add_typer(recipes_app, name="recipes")
+
+
+@recipes_app.callback()
+def _recipes(context: typer.Context) -> None:
+    """List the recipes with the first line of their headers."""
+    if context.invoked_subcommand is None:
+        recipes_list()
+
+
+@recipes_app.command("list")
+def recipes_list() -> None:
+    """List the recipes with the first line of their headers."""
+    folder = Path(__file__).parent / "recipes"
+    found = sorted(folder.rglob("*.yaml"), key=lambda p: (p.relative_to(folder).parts[0] == "evaluate", p))
+    names = [path.relative_to(folder).with_suffix("").as_posix() for path in found]
+    width = max(len(name) for name in names)
+    for name, path in zip(names, found):
+        with path.open(encoding="utf-8") as file:
+            typer.echo(f"{name:{width}}  {file.readline().lstrip('# ').strip()}")
+
+
+@recipes_app.command("show")
+def recipes_show(
+    name: Annotated[str, typer.Argument(help="A name from `kinfold recipes`, or a YAML file.")],
+    complete: Annotated[
+        bool, typer.Option("--complete", help="With every default and preset written out, instead of the file as it is.")
+    ] = False,
+    settings: Annotated[Optional[list[str]], typer.Argument(help=SETTINGS_HELP)] = None,  # noqa: UP045
+) -> None:
+    """Print a recipe: the file, or with --complete or key=value every setting written out."""
+    from kinfold.recipe import find_recipe, load, to_yaml
+
+    if complete or settings:
+        recipe, _ = load(name, settings or [], run={"data": "-", "out": "-"})
+        typer.echo(to_yaml(recipe), nl=False)
+    else:
+        typer.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
+
+
+@recipes_app.command("schema")
+def recipes_schema() -> None:
+    """Print the JSON schema of recipes, for completion and checks in an editor."""
+    import json
+
+    from pydantic import TypeAdapter
+
+    from kinfold.recipe import Recipe
+
+    typer.echo(json.dumps(TypeAdapter(Recipe).json_schema(), indent=2))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the demo's files go.")] = Path("runs/demo"),
+) -> None:
+    """Learn from 1,437 real handwritten digits, then evaluate, embed and look: about a minute on two cores."""
+    from kinfold.demo import demo as show
+
+    show(out)
+
+
+def main() -> None:
+    """Run the command; a person's mistake becomes one message and exit code 2."""
+    arguments = sys.argv[1:]
+    try:
+        app()
+    except UserError as error:
+        if "--traceback" in arguments:
+            raise
+        typer.secho("error: ", fg="red", err=True, nl=False)
+        typer.echo(str(error), err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Features of images: what every evaluation protocol starts from, and what embeddings are.
+
+A model is looked at and never changed: it runs in evaluation mode and without gradients, and each of its modules is put
+back into the mode that it was in, so weights and running statistics are the same after as before, to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kinfold.data.decode import Undecodable
+from kinfold.data.loader import evaluation_batches
+from kinfold.data.sources import Source
+from kinfold.data.work import read
+from kinfold.errors import UserError
+from kinfold.evaluate.backbones import FrozenBackbone, hash_of, load_backbone
+
+__all__ = ["FrozenBackbone", "bar", "extract", "frozen", "hash_of", "left_out", "load_backbone", "resize_for", "stream"]
+
+Positions = NDArray[np.int64]
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[nn.Module]:
+    """Lend `model` in evaluation mode and without gradients, then put every module's mode back as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.no_grad():
+            yield model.eval()
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def bar(text: str | None, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar over `total` on a terminal; yields what to call with the number of things done.
+
+    Nothing is shown without a text, or where the errors do not go to a terminal.
+    """
+    console = Console(stderr=True)
+    if text is None or not console.is_terminal:
+        yield lambda count: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(text, total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+def stream(
+    model: nn.Module,
+    source: Source,
+    *,
+    size: int,
+    resize: int | None,
+    channels: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    batch_size: int = 256,
+    workers: int = 0,
+    device: str | torch.device = "cpu",
+    normalise: bool = False,
+    progress: str | None = None,
+    bad: dict[int, str] | None = None,
+) -> Iterator[tuple[Tensor, Positions]]:
+    """Give the features of a source batch by batch, in its order: float32 [b, F] on the CPU, positions int64 [b].
+
+    Short side to `resize` (None: to `size`), central crop of `size`, no augmentation. Images that do not decode are
+    left out: their positions are missing, and `bad` (where given) is told why. `model` must be on `device`.
+    `normalise` makes unit vectors. Raises `UserError` where no image decodes, or features are NaN or infinite.
+    """
+    images: Tensor
+    with bar(progress, len(source)) as advance:
+        for images, positions in evaluation_batches(
+            source,
+            size=size,
+            resize=resize,
+            channels=channels,
+            mean=tuple(mean),
+            std=tuple(std),
+            batch_size=batch_size,
+            workers=workers,
+            device=device,
+            bad=bad,
+        ):
+            # Lent for one batch at a time: between two batches the caller finds its model as it left it.
+            with frozen(model), _full_precision(images.device):
+                features = model(images).flatten(1).float()  # [b, F]
+                finite = torch.isfinite(features).all(dim=1).cpu()  # [b]
+                if not finite.all():
+                    first = source.name(int(positions[int(finite.logical_not().nonzero()[0])]))
+                    raise UserError(
+                        f"The backbone gives features that are not finite, first for {first}. Its weights are broken, "
+                        "or the training that made them diverged."
+                    )
+                if normalise:
+                    features = F.normalize(features, dim=1)  # [b, F]
+            yield features.cpu(), np.asarray(positions, np.int64)
+            advance(len(images))
+
+
+def extract(
+    model: nn.Module,
+    source: Source,
+    *,
+    size: int,
+    resize: int | None,
+    channels: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    batch_size: int = 256,
+    workers: int = 0,
+    device: str | torch.device = "cpu",
+    normalise: bool = False,
+    progress: str | None = None,
+    bad: dict[int, str] | None = None,
+) -> tuple[Tensor, Positions]:
+    """Give the features of a source: float32 [n, F] on the CPU, and the positions int64 [n] they belong to.
+
+    As `stream`, held in memory at once.
+    """
+    features: Tensor | None = None
+    found: list[Positions] = []
+    filled = 0
+    for part, positions in stream(
+        model,
+        source,
+        size=size,
+        resize=resize,
+        channels=channels,
+        mean=mean,
+        std=std,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+        normalise=normalise,
+        progress=progress,
+        bad=bad,
+    ):
+        if features is None:  # one allocation: joining parts at the end would hold all of them twice
+            features = torch.empty(len(source), part.shape[1])  # [N, F]
+        features[filled : filled + len(part)] = part
+        filled += len(part)
+        found.append(positions)
+    assert features is not None  # a source without a readable image has been refused
+    return features[:filled], np.concatenate(found)
+
+
+def left_out(source: Source, bad: dict[int, str], *, shown: int = 5) -> str | None:
+    """Say how many images of `source` do not decode, and name some with the reason; None if all do."""
+    if not bad:
+        return None
+    names = ", ".join(f"{source.name(position)} ({bad[position]})" for position in sorted(bad)[:shown])
+    more = f" and {len(bad) - shown:,} more" if len(bad) > shown else ""
+    return f"{len(bad):,} of {len(source):,} images do not decode and are left out: {names}{more}"
+
+
+def resize_for(source: Source, size: int, asked: int | None = None, *, channels: int = 3) -> int | None:
+    """The short side to resize to before the central crop: as asked, else by the images.
+
+    Images that are `size` x `size` already (the first ones tell) stay as they are: None. Others get the share that
+    is usual on ImageNet, 256 for 224.
+    """
+    if asked is not None:
+        return asked
+    seen = 0
+    for position in range(min(len(source), 64)):
+        try:
+            image = read(source, position, channels)
+        except Undecodable:
+            continue
+        if image.shape[:2] != (size, size):
+            return round(size * 256 / 224)
+        seen += 1
+        if seen == 8:
+            break
+    return None
+
+
+def _full_precision(device: torch.device) -> Any:
+    """Switch off an autocast that the caller may be under: features are compared in fp32."""
+    return torch.autocast(device.type, enabled=False) if device.type in ("cpu", "cuda") else nullcontext()

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weighted k-nearest neighbours on frozen features: the quickest protocol, with nothing to train.
+
+    similarity  s = cos(query, bank)          the k largest vote
+    score of class c = Σ exp(s / T)           over the neighbours of class c
+
+Source: Wu et al., CVPR 2018; the function `knn_predict` of MoCo's CIFAR-10 notebook (golden numbers), and InvP
+`main.py`. The similarities of a block of queries with a block of the bank exist at a time, never all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from kinfold.errors import UserError
+from kinfold.evaluate.backbones import FrozenBackbone, Layer
+from kinfold.evaluate.labelled import Labelled, labels_of
+from kinfold.settings import settings
+
+# Below this, exp(1 / T) leaves float64.
+Temperature = Annotated[float, Field(ge=0.002)]
+
+
+@settings
+class KNN:
+    """Weighted k-NN; every number of neighbours is combined with every temperature, in one pass."""
+
+    neighbours: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (20, 200)
+    """k; a set with fewer images lets all of them vote, and says so"""
+    temperatures: Annotated[tuple[Temperature, ...], Field(min_length=1)] = (0.07, 0.1)
+    """T: a low one lets the nearest decide"""
+    features: Layer = "backbone"
+    """what is compared: the backbone's features, or the head's embeddings (MoCo notebook, InvP)"""
+    leave_one_out: bool = False
+    """every image of the training set asks all the others; no test set is used"""
+
+
+class Neighbours(NamedTuple):
+    """The nearest of the bank for a block of queries, nearest first."""
+
+    rows: slice  # which queries these are
+    similarity: Tensor  # [q, k], cosine
+    places: Tensor  # int64 [q, k], rows of the bank
+
+
+def knn(backbone: FrozenBackbone, data: Labelled, settings: KNN) -> dict[str, float]:
+    """Measure top-1 (and from 6 classes on top-5) accuracy in percent, for every k and T.
+
+    Keys are `top1/k=200,T=0.1`. `best` is the largest top-1: with several k or T it is chosen on the test set, so
+    compare single numbers with papers. Raises `UserError` where labels are missing.
+    """
+    alone = settings.leave_one_out or data.test is None
+    if alone and not settings.leave_one_out:
+        data.say("There is no test split: every image asks all the others (leave-one-out).")
+    test = None if alone else data.test
+    labels, asked, classes = labels_of(data.train, test, say=data.say)
+    network = backbone.network(settings.features).to(data.device)
+    bank, found = data.features(backbone, network, data.train, normalise=True, doing="features of the bank")
+    bank_labels = torch.from_numpy(labels[found])  # [N]
+    if test is None:
+        queries, truth = bank, bank_labels  # [Q, F], [Q]
+    else:
+        queries, found = data.features(backbone, network, test, normalise=True, doing="features that ask")
+        truth = torch.from_numpy(asked[found])
+    most = len(bank) - 1 if alone else len(bank)
+    if most < 1:
+        raise UserError(f"k-NN compares an image with others, but there is only one: {data.train.description}.")
+    if max(settings.neighbours) > most:
+        data.say(f"{max(settings.neighbours):,} neighbours were asked for; there are {most:,}, and all of them vote.")
+    ks = sorted({min(k, most) for k in settings.neighbours})
+    device = torch.device(data.device)
+    return accuracies(
+        queries.to(device),
+        bank.to(device),
+        bank_labels,
+        truth,
+        neighbours=ks,
+        temperatures=settings.temperatures,
+        classes=classes,
+        exclude_self=alone,
+    )
+
+
+def accuracies(
+    queries: Tensor,
+    bank: Tensor,
+    labels: Tensor,
+    truth: Tensor,
+    *,
+    neighbours: list[int],
+    temperatures: tuple[float, ...],
+    classes: int,
+    exclude_self: bool = False,
+) -> dict[str, float]:
+    """Give top-1 and top-5 accuracy in percent for every k and T; queries [Q, F], bank [N, F], truth [Q]."""
+    hits: dict[str, int] = {}
+    labels, truth = labels.cpu(), truth.cpu()
+    for near in nearest(queries, bank, k=max(neighbours), exclude_self=exclude_self):
+        similarity, votes = near.similarity.cpu().double(), labels[near.places.cpu()]  # [q, k], [q, k]
+        own = truth[near.rows, None]  # [q, 1]
+        for k in neighbours:
+            for temperature in temperatures:
+                scores = vote(similarity[:, :k], votes[:, :k], temperature=temperature, classes=classes)  # [q, C]
+                first = rank(scores)[:, :5] == own  # [q, 5]
+                for top in (1, 5) if classes > 5 else (1,):
+                    name = f"top{top}/k={k},T={temperature:g}"
+                    hits[name] = hits.get(name, 0) + int(first[:, :top].sum())
+    values = {name: 100.0 * count / len(queries) for name, count in hits.items()}
+    return {**values, "best": max(value for name, value in values.items() if name.startswith("top1"))}
+
+
+def knn_scores(
+    queries: Tensor,
+    bank: Tensor,
+    labels: Tensor,
+    *,
+    k: int,
+    temperature: float,
+    classes: int,
+    exclude_self: bool = False,
+    block: int = 1024,
+) -> Tensor:
+    """Score every class for every query: float64 [Q, C] on the CPU, Σ exp(cosine / T) over the k nearest.
+
+    queries [Q, F] and bank [N, F] of any length, labels int64 [N] in [0, C). With `exclude_self` the bank is the
+    queries, and no row meets itself. `rank` puts the classes in order. Raises `ValueError` where k is not in [1, N].
+    """
+    labels = labels.cpu()
+    parts = [
+        vote(near.similarity.cpu().double(), labels[near.places.cpu()], temperature=temperature, classes=classes)
+        for near in nearest(
+            F.normalize(queries, dim=1), F.normalize(bank, dim=1), k=k, exclude_self=exclude_self, block=block
+        )
+    ]
+    return torch.cat(parts) if parts else torch.zeros(0, classes, dtype=torch.float64)  # [Q, C]
+
+
+def rank(scores: Tensor) -> Tensor:
+    """Put classes in order of falling score [Q, C]: int64 [Q, C]; of equal ones the lower number comes first."""
+    return scores.argsort(dim=1, descending=True, stable=True)  # [Q, C]
+
+
+def vote(similarity: Tensor, votes: Tensor, *, temperature: float, classes: int) -> Tensor:
+    """Sum the weights exp(similarity / T) [q, k] over the neighbours' classes [q, k]: [q, C]."""
+    scores = similarity.new_zeros(len(similarity), classes)  # [q, C]
+    return scores.scatter_add_(1, votes, torch.exp(similarity / temperature))  # [q, C]
+
+
+@torch.no_grad()
+def nearest(
+    queries: Tensor,
+    bank: Tensor,
+    *,
+    k: int,
+    exclude_self: bool = False,
+    block: int = 1024,
+    bank_block: int = 1 << 16,
+) -> Iterator[Neighbours]:
+    """Find the k rows of `bank` [N, F] with the largest inner product for each of `queries` [Q, F], in blocks.
+
+    Memory is `block` x `bank_block` similarities at a time. With `exclude_self` row i of the bank is query i and not
+    among its neighbours. Raises `ValueError` where k is not in [1, N], or [1, N − 1] without oneself.
+    """
+    most = len(bank) - exclude_self
+    if not 1 <= k <= most:
+        raise ValueError(f"k is {k}; there are {most} rows to choose from")
+    for start in range(0, len(queries), block):
+        some = queries[start : start + block]  # [q, F]
+        # What is best so far, and then the best of that and the next part of the bank.
+        similarity, places = some.new_empty(len(some), 0), torch.empty(len(some), 0, dtype=torch.int64)  # [q, 0]
+        places = places.to(some.device)
+        for first in range(0, len(bank), bank_block):
+            part = bank[first : first + bank_block].to(some.device)  # [n, F]
+            found = some @ part.T  # [q, n]
+            if exclude_self:
+                own = torch.arange(start, start + len(some), device=some.device) - first  # [q]
+                here = torch.nonzero((own >= 0) & (own < len(part)))[:, 0]
+                found[here, own[here]] = float("-inf")
+            values, columns = found.topk(min(k, len(part)), dim=1)  # [q, at most k]
+            similarity = torch.cat([similarity, values], dim=1)
+            places = torch.cat([places, columns + first], dim=1)
+            if similarity.shape[1] > values.shape[1]:
+                similarity, order = similarity.topk(min(k, similarity.shape[1]), dim=1)
+                places = places.gather(1, order)
+        yield Neighbours(slice(start, start + len(some)), similarity, places)

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Labelled images to evaluate on: a set to learn from, a set to be asked, and how they are read."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from kinfold.data.sources import Source
+from kinfold.errors import UserError
+from kinfold.evaluate.backbones import FrozenBackbone
+from kinfold.evaluate.features import Positions, extract, left_out, resize_for
+
+Labels = NDArray[np.int64]
+
+
+def tell(text: str) -> None:
+    """Say something to the person, beside the results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Labelled:
+    """What a protocol is given: images with labels, and how to read them."""
+
+    train: Source
+    test: Source | None = None
+    """images that were not learned from; each protocol says what it does without"""
+    device: str = "cpu"
+    workers: int = 0
+    batch_size: int = 256
+    """images a forward pass; changes nothing in the result but the last bits"""
+    say: Callable[[str], None] = tell
+    """where remarks go that a reader of the numbers should know"""
+
+    def features(
+        self,
+        backbone: FrozenBackbone,
+        network: nn.Module,
+        source: Source,
+        *,
+        size: int | None = None,
+        resize: int | None = None,
+        normalise: bool = False,
+        doing: str | None = None,
+    ) -> tuple[Tensor, Positions]:
+        """Give the features [n, F] of a source's images and their positions [n]; says which do not decode.
+
+        `size` and `resize` take the place of the backbone's own; without `size` the images decide about `resize`.
+        """
+        if size is None:
+            size = backbone.size
+            resize = resize_for(source, size, backbone.resize, channels=backbone.channels)
+        bad: dict[int, str] = {}
+        found = extract(
+            network,
+            source,
+            size=size,
+            resize=resize,
+            channels=backbone.channels,
+            mean=backbone.mean,
+            std=backbone.std,
+            batch_size=self.batch_size,
+            workers=self.workers,
+            device=self.device,
+            normalise=normalise,
+            progress=doing,
+            bad=bad,
+        )
+        remark = left_out(source, bad)
+        if remark is not None:
+            self.say(remark)
+        return found
+
+
+def labels_of(train: Source, test: Source | None, *, say: Callable[[str], None] = tell) -> tuple[Labels, Labels, int]:
+    """Give both sets' labels as numbers from 0 that mean the same classes, and the number of classes C.
+
+    Classes are matched by name where both sets have names, else by number. Without `test` its labels are empty.
+    Raises `UserError` where labels are missing, or the test set has a name that the training set does not know.
+    """
+    first, names = _given(train), train.classes
+    second = np.empty(0, np.int64) if test is None else _given(test)
+    if test is not None and names is not None and test.classes is not None and names != test.classes:
+        unknown = sorted(set(test.classes) - set(names))
+        if unknown:
+            raise UserError(
+                f"The test images have classes that the training images lack: {_some(unknown)}. Name the class "
+                "folders alike in both."
+            )
+        place = np.array([names.index(name) for name in test.classes], np.int64)
+        second = place[second]
+    # Numbers may be anything (years, ids); classes are counted.
+    known, joined = np.unique(np.concatenate([first, second]), return_inverse=True)
+    shown = np.unique(first)
+    never = np.setdiff1d(known, shown).tolist()
+    if never:
+        words = [names[i] if names is not None and 0 <= i < len(names) else str(i) for i in never]
+        say(f"Of {len(words)} classes there is no training image, so their test images count as wrong: {_some(words)}")
+    if len(known) < 2:
+        raise UserError(
+            f"All images have the same label; there is nothing to tell apart: {train.description}. Give a set with "
+            "at least two classes."
+        )
+    joined = joined.reshape(-1).astype(np.int64)
+    return joined[: len(first)], joined[len(first) :], len(known)
+
+
+def _given(source: Source) -> Labels:
+    if source.labels is None:
+        raise UserError(
+            f"There are no labels, and this protocol compares with them: {source.description}. Put each class into a "
+            "folder of its own (photos/cats/..., photos/dogs/...), or give a table with a label column."
+        )
+    labels = np.asarray(source.labels, np.int64)
+    missing = int((labels < 0).sum())
+    if missing:
+        raise UserError(
+            f"{missing:,} of {len(labels):,} images have no label (a negative number): {source.description}. Take a "
+            "split that is labelled, or remove them."
+        )
+    return labels
+
+
+def _some(words: list[str]) -> str:
+    return ", ".join(words[:5]) + (f" and {len(words) - 5:,} more" if len(words) > 5 else "")

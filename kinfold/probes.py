@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Looking at the encoder while it trains: k-NN where there are labels, and signs of health that need none.
+
+A probe reads and changes nothing: the encoders are put into evaluation mode and back, running statistics stay as they
+were, and no random number is consumed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kinfold import distributed, health
+from kinfold.data.loader import Batch
+from kinfold.data.sources import Source, Subset, open_source
+from kinfold.errors import UserError
+from kinfold.evaluate.features import extract, resize_for
+from kinfold.evaluate.knn import knn_scores
+from kinfold.learner import Learner
+from kinfold.memory import Queue
+from kinfold.randomness import SPLIT, permutation
+from kinfold.recipe import Recipe, Run
+
+NEIGHBOURS = 20
+TEMPERATURE = 0.07
+
+
+class Probes:
+    """The probes of one run: which images they look at is decided once, from the seed."""
+
+    def __init__(self, recipe: Recipe, run: Run, source: Source, device: torch.device) -> None:
+        self.recipe = recipe
+        self.device = device
+        self.workers = run.workers or 0
+        self.bank = some_of(source, run.probe_limit, recipe.seed)
+        self.asked: Source | None = None
+        if run.probe_data is not None:
+            self.asked = some_of(open_source(run.probe_data, split="test"), run.probe_limit, recipe.seed)
+            if self.asked.labels is None or self.bank.labels is None:
+                raise UserError(
+                    "probe_data: the k-NN probe compares labels, but "
+                    + ("probe_data" if self.asked.labels is None else "data")
+                    + " has none. Leave probe_data out, or use class folders or a label column."
+                )
+        elif self.bank.labels is not None:
+            try:
+                held_out = open_source(run.data, split="test")
+            except UserError:
+                held_out = None  # no second split: every image asks the others
+            if held_out is not None and held_out.labels is not None and held_out.fingerprint != source.fingerprint:
+                self.asked = some_of(held_out, run.probe_limit, recipe.seed)
+
+    def measure(self, learner: Learner, batch: Batch | None, epoch: int) -> dict[str, float]:
+        """Measure the query encoder as it is; `batch` is the last one trained on, if there is one."""
+        modes = [(module, module.training) for module in learner.modules()]
+        learner.eval()
+        try:
+            with torch.inference_mode():
+                return self._measure(learner, batch, epoch)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    def _measure(self, learner: Learner, batch: Batch | None, epoch: int) -> dict[str, float]:
+        features, positions = self._features(learner, self.bank)
+        measures: dict[str, float] = {}
+        if self.bank.labels is not None:
+            measures.update(self._neighbours(learner, features, positions))
+        unit = torch.nn.functional.normalize(features, dim=1)  # [n, F]
+        measures["rankme"] = health.rankme(features)
+        measures["alpha_req"] = health.alpha_req(features)
+        measures["uniformity"] = health.uniformity(unit)
+        measures["spread"] = health.spread(features)
+        if batch is not None:
+            measures.update(self._meeting(learner, batch, epoch))
+        if isinstance(learner.memory, Queue) and learner.memory.size:
+            measures["queue_age"] = health.queue_age(learner.memory.born, int(learner.memory.written)).mean
+        return measures
+
+    def _features(self, learner: Learner, source: Source) -> tuple[Tensor, np.ndarray[Any, Any]]:
+        view, images = self.recipe.views.augment[0], self.recipe.images
+        features, positions = extract(
+            learner.encoder.backbone,
+            source,
+            size=view.size,
+            resize=resize_for(source, view.size, channels=images.channels),
+            channels=images.channels,
+            mean=images.mean,
+            std=images.std,
+            batch_size=256,
+            workers=self.workers,
+            device=str(self.device),
+        )
+        return torch.as_tensor(features), positions
+
+    def _neighbours(
+        self, learner: Learner, features: Tensor, positions: np.ndarray[Any, Any]
+    ) -> dict[str, float]:
+        """Top-1 accuracy of weighted k-NN: held-out images ask, or every image asks the others."""
+        assert self.bank.labels is not None
+        labels = torch.from_numpy(np.asarray(self.bank.labels)[positions])
+        asking, truth = features, labels
+        if self.asked is not None:
+            assert self.asked.labels is not None
+            asking, found = self._features(learner, self.asked)
+            truth = torch.from_numpy(np.asarray(self.asked.labels)[found])
+        known = int(max(labels.max(), truth.max())) + 1
+        scores = knn_scores(
+            asking,
+            features,
+            labels,
+            k=min(NEIGHBOURS, len(features) - 1),
+            temperature=TEMPERATURE,
+            classes=known,
+            exclude_self=self.asked is None,
+        )
+        return {"knn": 100.0 * float((scores.argmax(1) == truth).double().mean())}
+
+    def _meeting(self, learner: Learner, batch: Batch, epoch: int) -> dict[str, float]:
+        """How far apart the views of an image lie, and how many images share the target."""
+        asks, answers = self.recipe.views.pairs[0]
+        index = batch.index
+        q = learner.encoder(batch.views[asks])  # [B, D]
+        if answers is None or learner.key_encoder is None:
+            return {}
+        k = learner.key_encoder(batch.views[answers])  # [B, D]
+        measures = {"alignment": health.alignment(q, k)}
+        if distributed.world() == 1:
+            seen, _ = learner.memory.compare(q, k, index)
+            target = learner.method.target(seen)
+            if target is not None:
+                measures["target_entropy"] = health.target_entropy(target).nats
+        return measures
+
+
+def some_of(source: Source, limit: int, seed: int) -> Source:
+    """At most `limit` images of `source`, spread evenly, the same ones at every start."""
+    if len(source) <= limit:
+        return source
+    return Subset(source, np.sort(permutation(SPLIT, seed, n=len(source))[:limit]))

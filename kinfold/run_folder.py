@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run folder is a contract: what a run writes, under which names, and who may write there again.
+
+    recipe.yaml  run.yaml        what was asked for, complete
+    metrics.jsonl                one line every few steps, and the probes
+    checkpoints/                 the newest ones, each whole
+    backbone.safetensors  .md    the weights to take away, with their card
+    encoder.safetensors          backbone and head together, for protocols that look behind the head
+    summary.json                 what came out, what could not be read
+
+The same command on the same folder resumes. Another recipe on it is refused, with the keys that differ.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+
+from kinfold.errors import UserError
+from kinfold.recipe import Recipe, Run, differences, parse, plain, read_yaml, to_yaml
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all. Raises `UserError` where the disk refuses."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path} could not be written: {error.strerror}. Free some space or choose another out=.") from None
+
+
+def open_run_folder(recipe: Recipe, run: Run, *, writes: bool = True) -> Path:
+    """Make or reopen the folder `run.out` for `recipe`; with `writes` false only look (ranks other than the first).
+
+    Raises `UserError` where it belongs to another recipe, is a file, or cannot be written.
+    """
+    folder = Path(run.out)
+    stored = folder / "recipe.yaml"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"out: {folder} is a file. Choose a folder that does not exist yet, or that of an earlier run.")
+    if stored.exists():
+        apart = differences(plain(recipe), read_yaml(stored.read_text(encoding="utf-8"), source=str(stored)))
+        if apart:
+            raise UserError(
+                f"out: {folder} belongs to a run with another recipe. They differ (asked for here, stored there):\n  "
+                + "\n  ".join(apart)
+                + "\nChoose another out=, or give the same recipe to resume."
+            )
+    elif folder.is_dir() and (folder / "checkpoints").is_dir() and any((folder / "checkpoints").glob("*.pt")):
+        raise UserError(f"out: {folder} has checkpoints but no recipe.yaml, so it is unclear whose. Choose another out=.")
+    if writes:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"out: {folder} could not be made: {error.strerror}. Choose another out=.") from None
+        if not stored.exists():
+            write_text(stored, to_yaml(recipe))
+        write_text(folder / "run.yaml", to_yaml(run))
+    return folder
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """Read the recipe of a run folder. Raises `UserError` where the folder is none."""
+    stored = folder / "recipe.yaml"
+    if not stored.is_file():
+        raise UserError(f"{folder} is no run folder: it has no recipe.yaml. Give the folder that `kinfold pretrain` wrote.")
+    return parse(Recipe, read_yaml(stored.read_text(encoding="utf-8"), source=str(stored)), source=str(stored))
+
+
+def write_encoder(folder: Path, encoder: nn.Module) -> Path:
+    """Write backbone, head and predictor of a query encoder to `encoder.safetensors`, whole or not at all."""
+    path = folder / "encoder.safetensors"
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        # Copies: safetensors refuses tensors that are not contiguous.
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in encoder.state_dict().items()}, partial)
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path} could not be written: {error}. Free some space or choose another out=.") from None
+    return path
+
+
+def write_summary(folder: Path, summary: dict[str, Any]) -> Path:
+    """Write what came out of a run to `summary.json`."""
+    path = folder / "summary.json"
+    write_text(path, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    return path

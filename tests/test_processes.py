@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Promise 7: one process and several train the same, for every method, with a queue and with a bank."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_resume import environment
+from tiny_recipes import tiny
+from torch import multiprocessing
+from torch.nn.parallel import DistributedDataParallel
+
+from kinfold import distributed
+from kinfold.checkpoint import load_latest
+from kinfold.data.loader import Loader
+from kinfold.data.sources import open_source
+from kinfold.methods import METHODS
+from kinfold.optim import build_optimizer
+from kinfold.pretrain import build_learner, take_step
+from kinfold.recipe import Recipe, parse, plain, to_yaml
+
+STEPS = 4
+
+
+def train(rank: int, world: int, port: int, values: dict[str, Any], out: str) -> None:
+    """Take four steps in double precision as one rank of `world`, and leave the state in a file."""
+    torch.set_num_threads(1)
+    if world > 1:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
+        distributed.start("cpu")
+    recipe = parse(Recipe, values, source="test")
+    source = open_source("digits", limit=300)
+    loader = Loader(
+        source,
+        recipe.views,
+        channels=1,
+        mean=recipe.images.mean,
+        std=recipe.images.std,
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        rank=rank,
+        world=world,
+        resident=False,
+        drop_last=recipe.drop_last,
+    )
+    learner = build_learner(recipe, images=len(source)).double().train()
+    optimizer = build_optimizer(recipe.optimizer, learner.encoder)
+    wrapped = DistributedDataParallel(learner, broadcast_buffers=False) if world > 1 else learner
+    losses = []
+    for step, batch in zip(range(STEPS), loader.epoch(2)):
+        batch = batch._replace(views=[view.double() for view in batch.views])
+        terms = take_step(
+            wrapped,
+            learner,
+            optimizer,
+            batch,
+            recipe,
+            epoch=2,
+            rate=0.05,
+            momentum=0.9,
+            step=step,
+            half=False,
+            where=(Path(out), source),
+        )
+        total = torch.stack(list(terms.values())).sum()
+        distributed.average_([total])
+        losses.append(float(total))
+    torch.save({"state": learner.state_dict(), "losses": losses}, f"{out}/{world}-{rank}.pt")
+    distributed.stop()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+    return port
+
+
+def both_ways(recipe: Recipe, tmp_path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Train as one process and as two; returns what the one has, and what each of the two has."""
+    values = plain(recipe)
+    context = multiprocessing.get_context("spawn")
+    alone = context.Process(target=train, args=(0, 1, 0, values, str(tmp_path)))
+    port = free_port()
+    pair = [context.Process(target=train, args=(rank, 2, port, values, str(tmp_path))) for rank in range(2)]
+    for process in (alone, *pair):
+        process.start()
+    for process in (alone, *pair):
+        process.join(120)
+        assert process.exitcode == 0
+    one = torch.load(tmp_path / "1-0.pt", weights_only=True)
+    return one, [torch.load(tmp_path / f"2-{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def assert_alike(recipe: Recipe, tmp_path: Path) -> None:
+    one, pair = both_ways(recipe, tmp_path)
+    start = build_learner(recipe, images=300).double().state_dict()
+    moved = [name for name, value in one["state"].items() if not torch.equal(value, start[name])]
+    assert any(name.startswith("encoder.backbone") for name in moved)
+    assert any(name.startswith("memory.") for name in moved)
+    for rank, other in enumerate(pair):
+        assert other["losses"] == pytest.approx(one["losses"], rel=1e-9)
+        for name, value in one["state"].items():
+            torch.testing.assert_close(other["state"][name], value, rtol=1e-6, atol=1e-9, msg=f"{name} on rank {rank}")
+    for name, value in pair[0]["state"].items():
+        assert torch.equal(value, pair[1]["state"][name]), f"{name} differs between the ranks"
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_one_process_and_two_train_the_same(method: str, tmp_path: Path) -> None:
+    # Split batch norm in one process is plain batch norm in two; keys are shuffled over the ranks.
+    splits = {"query_splits": 2, "key_splits": 2, "shuffle_keys": method != "invp"}
+    assert_alike(tiny(method, batch_norm=splits), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("moco", {"memory": {"name": "batch"}}),
+        ("sce", {"memory": {"name": "queue", "size": 100, "batch_keys": True}}),
+        ("co2", {"accumulate": 2, "batch_norm": {"query_splits": 2, "key_splits": 2}}),
+    ],
+    ids=["the keys of the batch", "queue and batch", "accumulation"],
+)
+def test_other_memories_and_accumulation_train_the_same(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    splits = {"batch_norm": {"query_splits": 2, "key_splits": 2}}
+    symmetric = {"views": {**plain(tiny(name))["views"], "pairs": [[0, 1], [1, 0]]}}
+    assert_alike(tiny(name, **{**splits, **symmetric, **changes}), tmp_path)
+
+
+def test_torchrun_starts_two_processes_and_leaves_one_run_folder(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(to_yaml(tiny("sce", epochs=1, batch_norm={"query_splits": 2, "key_splits": 2})))
+    words = ["pretrain", "digits", "-q", "--recipe", str(recipe), "limit=150", "workers=0", "probe_every=0", "device=cpu"]
+    module = ["-m", "kinfold", *words]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), *module]
+    for name, start in (("one", module), ("two", torchrun)):
+        done = subprocess.run(
+            [sys.executable, *start, "--out", str(tmp_path / name)], env=environment(), timeout=240, capture_output=True
+        )
+        assert done.returncode == 0, done.stderr.decode()
+    one, two = load_latest(tmp_path / "one"), load_latest(tmp_path / "two")
+    assert one is not None
+    assert two is not None
+    for name, value in one.state["learner"].items():
+        torch.testing.assert_close(two.state["learner"][name], value, rtol=1e-3, atol=1e-4, msg=name)
+    assert (tmp_path / "two" / "backbone.safetensors").is_file()

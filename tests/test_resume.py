@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Promise 5: a run that was killed goes on bit for bit, for every method, in the middle of an epoch."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_recipes import tiny
+
+from kinfold.checkpoint import load_latest
+from kinfold.methods import METHODS
+from kinfold.recipe import to_yaml
+
+IMAGES = 150  # four and a half steps of 32 an epoch
+
+
+def command(folder: Path, recipe: Path, workers: int) -> list[str]:
+    words = [f"workers={workers}", f"limit={IMAGES}", "resident=false", "checkpoint_steps=1", "probe_every=0", "log_every=1"]
+    head = [sys.executable, "-m", "kinfold", "pretrain", "digits", "-q", "--recipe", str(recipe), "--out", str(folder)]
+    return [*head, *words, "device=cpu"]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run(folder: Path, recipe: Path, workers: int) -> None:
+    subprocess.run(command(folder, recipe, workers), check=True, env=environment(), timeout=240, stdout=subprocess.DEVNULL)
+
+
+def kill_at(folder: Path, recipe: Path, workers: int, step: int, how: signal.Signals) -> int:
+    """Start a run, send it `how` once the checkpoint of `step` is there, and return its exit code."""
+    process = subprocess.Popen(
+        command(folder, recipe, workers), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 200
+    while not any(int(p.stem[5:]) >= step for p in (folder / "checkpoints").glob("step-*.pt")):
+        assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
+        assert time.monotonic() < deadline, "the run wrote no checkpoint in time"
+        time.sleep(0.002)
+    process.send_signal(how)
+    process.communicate(timeout=60)
+    return process.returncode
+
+
+
+
+def assert_equal_to_the_bit(first: object, second: object, where: str = "") -> None:
+    if isinstance(first, dict):
+        assert isinstance(second, dict)
+        assert first.keys() == second.keys(), where
+        for key in first:
+            assert_equal_to_the_bit(first[key], second[key], f"{where}.{key}")
+    elif isinstance(first, list | tuple):
+        assert isinstance(second, list | tuple)
+        assert len(first) == len(second), where
+        for i, (a, b) in enumerate(zip(first, second)):
+            assert_equal_to_the_bit(a, b, f"{where}[{i}]")
+    elif isinstance(first, torch.Tensor):
+        assert isinstance(second, torch.Tensor)
+        assert torch.equal(first, second), f"{where} differs by {(first.double() - second.double()).abs().max()}"
+    else:
+        assert first == second, where
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("method", list(METHODS))
+def test_a_killed_run_ends_with_the_state_of_an_uninterrupted_one(method: str, workers: int, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(to_yaml(tiny(method, batch_norm={"key_splits": 4, "shuffle_keys": True})))
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run(whole, recipe, workers)
+    # Another step for every method and number of workers, always inside of an epoch, and the other number of
+    # workers after the restart: what a run computes does not depend on it.
+    step = 1 + (list(METHODS).index(method) * 2 + workers) % 3
+    assert kill_at(broken, recipe, workers, step, signal.SIGKILL) == -signal.SIGKILL
+    found = load_latest(broken)
+    assert found is not None
+    steps = load_latest(whole)
+    assert steps is not None
+    assert 0 < found.step < steps.step, "the run was over before it was killed"
+    run(broken, recipe, workers)
+    resumed = load_latest(broken)
+    assert resumed is not None
+    assert_equal_to_the_bit(steps.state, resumed.state)
+
+    lines = [json.loads(line) for line in (broken / "metrics.jsonl").read_text().splitlines()]
+    trained = [line["step"] for line in lines if "loss" in line]
+    assert trained == list(range(1, steps.step + 1)), "a step is missing in the metrics, or stands twice"
+    reference = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [x["loss"] for x in lines if "loss" in x] == [x["loss"] for x in reference if "loss" in x]
+
+
+def test_the_number_of_workers_changes_no_bit(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(to_yaml(tiny("sce", epochs=1)))
+    states = []
+    for workers in (0, 2):
+        run(tmp_path / str(workers), recipe, workers)
+        found = load_latest(tmp_path / str(workers))
+        assert found is not None
+        states.append(found.state)
+    assert_equal_to_the_bit(states[0], states[1])
+
+
+def test_sigterm_writes_a_checkpoint_and_exits_cleanly(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(to_yaml(tiny("moco", epochs=200)))
+    folder = tmp_path / "run"
+    code = kill_at(folder, recipe, 0, 3, signal.SIGTERM)
+    assert code == 128 + signal.SIGTERM
+    found = load_latest(folder)
+    assert found is not None
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["finished"] is False
+    assert summary["step"] == found.step
+    assert not list((folder / "checkpoints").glob("*.tmp"))

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Split batch norm against the authors' numbers and against loops, in every memory layout."""
+
+from __future__ import annotations
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from golden import assert_close, load
+from torch import Tensor, nn
+
+from kinfold.encoders import Backbone, BatchNorm, Encoder, SplitBatchNorm, build_backbone, split_batch_norm
+from kinfold.learner import Learner
+from kinfold.memory import Queue
+from kinfold.methods import MoCo
+from kinfold.views import Augmentation, Views
+
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels-last"])
+def test_output_and_running_statistics_are_the_authors(layout: torch.memory_format) -> None:
+    golden = load("moco_splitbn")
+    norm = SplitBatchNorm(3, int(golden["num_splits"])).double()
+    y = norm(golden["x"].contiguous(memory_format=layout))
+    assert_close(y, golden["y"], "y")
+    assert_close(norm.running_mean, golden["running_mean"], "mean")  # type: ignore[arg-type]
+    assert_close(norm.running_var, golden["running_var"], "variance")  # type: ignore[arg-type]
+    assert int(norm.num_batches_tracked) == 1  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize(("images", "splits"), [(8, 4), (8, 8), (9, 4), (11, 8), (6, 8), (5, 1)])
+def test_any_batch_is_normalised_in_interleaved_groups(images: int, splits: int, layout: torch.memory_format) -> None:
+    x = torch.randn(images, 3, 2, 4, dtype=torch.float64)
+    norm = SplitBatchNorm(3, splits).double()
+    y = norm(x.contiguous(memory_format=layout))
+    expected, mean, var = oracles.split_batch_norm(x.numpy(), min(splits, images))
+    assert_close(y, torch.from_numpy(expected), "y")
+    assert_close(norm.running_mean, torch.from_numpy(mean), "mean")  # type: ignore[arg-type]
+    assert_close(norm.running_var, torch.from_numpy(var), "variance")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("images", [8, 10], ids=["even", "uneven"])
+def test_the_gradient_is_that_of_plain_batch_norm_on_each_group(images: int) -> None:
+    def gradients(norm: nn.BatchNorm2d, groups: list[slice]) -> list[Tensor]:
+        x = source.clone().requires_grad_()
+        y = torch.zeros_like(x)
+        for group in groups:
+            y = y.index_add(0, torch.arange(images)[group], norm(x[group]))
+        return list(torch.autograd.grad((y * probe).sum(), [x, norm.weight, norm.bias]))
+
+    source, probe = (torch.randn(images, 3, 2, 2, dtype=torch.float64) for _ in range(2))
+    plain, split = nn.BatchNorm2d(3).double(), SplitBatchNorm(3, 4).double()
+    for norm in (plain, split):
+        norm.weight.data = torch.tensor([0.5, 1.5, -1.0], dtype=torch.float64)
+    ours = gradients(split, [slice(None)])
+    theirs = gradients(plain, [slice(s, None, 4) for s in range(4)])
+    for given, expected in zip(ours, theirs, strict=True):
+        assert_close(given, expected)
+
+
+def test_in_evaluation_it_is_ordinary_batch_norm() -> None:
+    plain, split = nn.BatchNorm2d(3).eval(), SplitBatchNorm(3, 4).eval()
+    for norm in (plain, split):
+        norm.running_mean.copy_(torch.tensor([1.0, 2.0, 3.0]))  # type: ignore[union-attr]
+    x = torch.randn(7, 3, 2, 2)
+    assert torch.equal(plain(x), split(x))
+
+
+def test_every_batch_norm_of_a_resnet_is_split_and_keeps_its_state() -> None:
+    model = build_backbone(Backbone(name="resnet10_w8", stem="small"))
+    model(torch.randn(4, 3, 16, 16))
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    split_batch_norm(model, 2)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms
+    assert all(isinstance(m, SplitBatchNorm) and m.splits == 2 for m in norms)
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def test_query_and_key_encoders_have_the_splits_they_were_given() -> None:
+    def splits(module: nn.Module) -> set[int]:
+        return {
+            m.splits if isinstance(m, SplitBatchNorm) else 1 for m in module.modules() if isinstance(m, nn.BatchNorm2d)
+        }
+
+    view = Augmentation(size=16)
+    for query, key in ((1, 8), (4, 4), (2, 1)):
+        trunk = build_backbone(Backbone(name="resnet10_w8", stem="small"))
+        learner = Learner(
+            method=MoCo(),
+            views=Views(augment=(view, view)),
+            encoder=Encoder(trunk, nn.Linear(64, 4)),
+            memory=Queue(8, 4),
+            batch_norm=BatchNorm(query_splits=query, key_splits=key),
+        )
+        assert learner.key_encoder is not None
+        assert splits(learner.encoder) == {query}
+        assert splits(learner.key_encoder) == {key}
+
+
+def test_a_group_sees_only_its_own_images() -> None:
+    norm = SplitBatchNorm(2, 4, track_running_stats=False).double()
+    x = torch.randn(8, 2, 3, 3, dtype=torch.float64)
+    changed = x.clone()
+    changed[1] += 5.0  # image 1 is in the group of 1 and 5
+    moved = (norm(x) - norm(changed)).abs().amax((1, 2, 3)) > 1e-9
+    assert np.flatnonzero(moved.numpy()).tolist() == [1, 5]
