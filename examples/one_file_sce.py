@@ -3,8 +3,8 @@
 
     python examples/one_file_sce.py --steps 150
 
-Read it from `similarity_loss` outwards. It has what the method needs and nothing else: no resume, no several devices, no
-recipes. Source: Denize et al., WACV 2023 (the masked target of the paper); MoCo's queue and key encoder (He et al.,
+Read it from `similarity_loss` outwards. It has what the method needs and nothing else: no resume, no several devices,
+no recipes. Source: Denize et al., WACV 2023 (the masked target of the paper); MoCo's queue and key encoder (He et al.,
 CVPR 2020).
 """
 
@@ -41,14 +41,16 @@ MEAN, STD = 0.3053, 0.3759  # of the digits on [0, 1]
 class Encoder(nn.Module):
     """A small convolutional network, a head, and the unit sphere: [B, 1, 8, 8] to [B, D]."""
 
-    def __init__(self, width: int = 32, out: int = 64) -> None:
+    def __init__(self, width: int = 16, out: int = 64) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for inputs, outputs, stride in ((1, width, 1), (width, 2 * width, 2), (2 * width, 4 * width, 2)):
             convolution = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
             layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
         self.backbone = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.head = nn.Sequential(nn.Linear(4 * width, 4 * width), nn.BatchNorm1d(4 * width), nn.ReLU(), nn.Linear(4 * width, out))
+        self.head = nn.Sequential(
+            nn.Linear(4 * width, 4 * width), nn.BatchNorm1d(4 * width), nn.ReLU(), nn.Linear(4 * width, out)
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """Embed images [B, 1, 8, 8] as unit vectors [B, D]."""

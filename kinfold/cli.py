@@ -44,9 +44,7 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _options(
-    traceback: Annotated[
-        bool, typer.Option("--traceback", help="Show where in the code an error came from.")
-    ] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where in the code an error came from.")] = False,
     version: Annotated[
         Optional[bool],  # noqa: UP045 - typer reads this form on every Python
         typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
@@ -108,8 +106,8 @@ def tell(done: Any) -> None:
         names = list(done.bad)
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         typer.echo(
-            f"{len(names)} image{'s' if len(names) > 1 else ''} could not be read and {'were' if len(names) > 1 else 'was'} "
-            f"replaced by others: {', '.join(names[:3])}{more}. All are in {done.folder / 'summary.json'}."
+            f"Could not be read, and replaced by others: {len(names)} of the images: {', '.join(names[:3])}{more}. "
+            f"All are in {done.folder / 'summary.json'}."
         )
     rows = [
         ("backbone", done.folder / "backbone.safetensors"),
@@ -168,9 +166,7 @@ def evaluate(
 
 @app.command()
 def embed(
-    backbone: Annotated[
-        str, typer.Argument(help="A run folder, a .safetensors file, timm:NAME or torchvision:NAME.")
-    ],
+    backbone: Annotated[str, typer.Argument(help="A run folder, a .safetensors file, timm:NAME or torchvision:NAME.")],
     data: Annotated[str, typer.Argument(help=DATA_HELP)],
     out: Annotated[Path, typer.Option("--out", "-o", help="The Parquet file to write.")] = Path("embeddings.parquet"),
     split: Annotated[str, typer.Option(help="Which split of the data, where it has splits.")] = "train",
@@ -182,9 +178,7 @@ def embed(
     """Write a Parquet file with the path, embedding and label of every image."""
     from kinfold.embeddings import embed as write
 
-    written = write(
-        backbone, data, out, split=split, device=device, workers=workers, limit=limit, size=size
-    )
+    written = write(backbone, data, out, split=split, device=device, workers=workers, limit=limit, size=size)
     typer.echo(f"{written.images} embeddings of {written.dimension} numbers are in {written.path}")
     if written.bad:
         names = list(written.bad)
@@ -196,9 +190,7 @@ def embed(
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder, or its backbone.safetensors.")],
     out: Annotated[Path, typer.Argument(help="The .safetensors file to write; a card is put beside it.")],
-    names: Annotated[
-        str, typer.Option(help="Whose names the weights get: kinfold, timm or torchvision.")
-    ] = "timm",
+    names: Annotated[str, typer.Option(help="Whose names the weights get: kinfold, timm or torchvision.")] = "timm",
 ) -> None:
     """Write the backbone so that timm or torchvision load it by their own names."""
     from kinfold.export import export_file
@@ -207,7 +199,9 @@ def export(
     typer.echo(f"written to {path}, with its card {path.with_suffix('.md')}")
 
 
-recipes_app = typer.Typer(help="List the recipes, show one complete, or print the JSON schema.", invoke_without_command=True)
+recipes_app = typer.Typer(
+    help="List the recipes, show one complete, or print the JSON schema.", invoke_without_command=True
+)
 app.add_typer(recipes_app, name="recipes")
 
 
@@ -234,7 +228,8 @@ def recipes_list() -> None:
 def recipes_show(
     name: Annotated[str, typer.Argument(help="A name from `kinfold recipes`, or a YAML file.")],
     complete: Annotated[
-        bool, typer.Option("--complete", help="With every default and preset written out, instead of the file as it is.")
+        bool,
+        typer.Option("--complete", help="Every default and preset written out, instead of the file as it is."),
     ] = False,
     settings: Annotated[Optional[list[str]], typer.Argument(help=SETTINGS_HELP)] = None,  # noqa: UP045
 ) -> None:

@@ -81,8 +81,17 @@ def average_(tensors: Iterable[Tensor]) -> None:
         flat = torch.cat([tensor.flatten() for tensor in group])
         dist.all_reduce(flat)
         flat /= world()
-        for tensor, mean in zip(group, flat.split([tensor.numel() for tensor in group])):
+        for tensor, mean in zip(group, torch.split(flat, [tensor.numel() for tensor in group])):
             tensor.copy_(mean.view_as(tensor))
+
+
+def join(part: dict[int, str]) -> dict[int, str]:
+    """The entries of all ranks' dictionaries together."""
+    if world() == 1:
+        return part
+    parts: list[dict[int, str]] = [{} for _ in range(world())]
+    dist.all_gather_object(parts, part)
+    return {key: value for each in parts for key, value in each.items()}
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:

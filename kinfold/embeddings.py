@@ -73,7 +73,7 @@ def embed(
 
     Raises `UserError` where something given cannot work, or the disk refuses; then `out` is as it was.
     """
-    from kinfold.pretrain import choose_device, choose_workers  # it probes, so it imports kinfold.evaluate
+    from kinfold.devices import choose_device, choose_workers
 
     out = Path(out)
     _check_place(out)

@@ -117,9 +117,24 @@ class SplitBatchNorm(nn.BatchNorm2d):
 
 
 def split_batch_norm(module: nn.Module, splits: int) -> nn.Module:
-    """Put a `SplitBatchNorm` in place of every plain `BatchNorm2d` inside `module`, with its state."""
+    """Put a `SplitBatchNorm` in place of every plain `BatchNorm2d` inside `module`, with its state.
+
+    A network without batch norm stays as it is. Raises `UserError` where it has batch norm of another kind only (timm's
+    fused norm and activation in EfficientNets, for one), which would go on to leak.
+    """
     if splits == 1:
         return module
+    other = {type(m).__name__ for m in module.modules() if isinstance(m, nn.BatchNorm2d)} - {"BatchNorm2d"}
+    if other:
+        raise UserError(
+            f"batch_norm: splitting works on plain BatchNorm2d, but this backbone has {', '.join(sorted(other))}. Set "
+            "batch_norm.query_splits and batch_norm.key_splits to 1, or use a ResNet."
+        )
+    _replace_batch_norm(module, splits)
+    return module
+
+
+def _replace_batch_norm(module: nn.Module, splits: int) -> None:
     for name, child in module.named_children():
         if type(child) is nn.BatchNorm2d:
             split = SplitBatchNorm(
@@ -133,8 +148,7 @@ def split_batch_norm(module: nn.Module, splits: int) -> nn.Module:
             split.load_state_dict(child.state_dict())
             setattr(module, name, split)
         else:
-            split_batch_norm(child, splits)
-    return module
+            _replace_batch_norm(child, splits)
 
 
 _SLIM = re.compile(r"resnet(10|18)_w(\d+)")
@@ -151,11 +165,9 @@ def build_backbone(how: Backbone, channels: int = 3) -> nn.Module:
     if slim:
         layers, width = {"10": (1, 1, 1, 1), "18": (2, 2, 2, 2)}[slim[1]], int(slim[2])
         if how.pretrained:
-            raise UserError(
-                f"backbone.pretrained: there are no published weights for {how.name}; leave it out."
-            )
+            raise UserError(f"backbone.pretrained: there are no published weights for {how.name}; leave it out.")
         model = ResNet(
-            BasicBlock,
+            BasicBlock,  # type: ignore[arg-type]  # timm's annotation says an instance, its code takes the class
             layers,
             channels=tuple(width * 2**i for i in range(4)),
             num_classes=0,
@@ -199,14 +211,12 @@ def build_backbone(how: Backbone, channels: int = 3) -> nn.Module:
 def _small_stem(model: Any, how: Backbone, channels: int) -> None:
     """Replace the first convolution by 3x3 and take the max-pool out, as all papers do at 32 px."""
     if not isinstance(model, ResNet) or not isinstance(model.conv1, nn.Conv2d):
-        raise UserError(
-            f"backbone.stem: {how.stem!r} is for ResNets; {how.name} has its own. Use stem: standard."
-        )
+        raise UserError(f"backbone.stem: {how.stem!r} is for ResNets; {how.name} has its own. Use stem: standard.")
     stride = 1 if how.stem == "small" else 2
-    old = model.conv1
-    model.conv1 = nn.Conv2d(channels, old.out_channels, 3, stride=stride, padding=1, bias=False)
-    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-    model.maxpool = nn.Identity()
+    stem = nn.Conv2d(channels, model.conv1.out_channels, 3, stride=stride, padding=1, bias=False)
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+    setattr(model, "conv1", stem)  # noqa: B010  # timm's types know only its own stem
+    setattr(model, "maxpool", nn.Identity())  # noqa: B010
 
 
 def load_backbone_weights(backbone: nn.Module, path: Path) -> None:
@@ -216,6 +226,7 @@ def load_backbone_weights(backbone: nn.Module, path: Path) -> None:
     """
     if not path.is_file():
         raise UserError(f"weights: there is no file {path}. Give a .safetensors or .pth file.")
+    state: Any
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

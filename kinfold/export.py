@@ -18,7 +18,7 @@ import os
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import timm
 import torch
@@ -33,6 +33,7 @@ from kinfold.errors import UserError
 FORMAT = 1
 
 Card = Mapping[str, object]
+_WRITTEN = ("features", "names", "kinfold_format", "kinfold_version", "torch_version")
 _NEEDED = ("name", "stem", "channels", "mean", "std")
 
 
@@ -73,6 +74,19 @@ def export_backbone(
             f"{path} could not be written: {error}. Make room, or give a folder that can be written."
         ) from error
     return path
+
+
+def export_file(what: Path, out: Path, *, names: str = "timm") -> Path:
+    """Write the backbone of a run folder, or of its `backbone.safetensors`, anew under the names of another library.
+
+    Returns `out`. Raises `UserError` as `export_backbone` and `rebuild_backbone` do, and for names that nobody has.
+    """
+    if names not in ("kinfold", "timm", "torchvision"):
+        raise UserError(f"--names: {names!r} is nobody's. Use kinfold, timm or torchvision.")
+    source = what / "backbone.safetensors" if what.is_dir() else what
+    backbone, about = rebuild_backbone(source)
+    card = {name: value for name, value in about.items() if name not in _WRITTEN}
+    return export_backbone(backbone, out, card=card, names=cast(Literal["kinfold", "timm", "torchvision"], names))
 
 
 def read_backbone(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The learner holds the state: query encoder, key encoder and memory, in one module with one state dict.
 
-`forward` only reads state (but for the running statistics of batch norm), `advance` only writes it, after the optimiser's
-step. MoCo's code moves the key encoder at the start of a step and SCE's at its end: the same sequence of weights.
+`forward` only reads state (but for the running statistics of batch norm), `advance` only writes it, after the
+optimiser's step. MoCo's code moves the key encoder at the start of a step and SCE's at its end: the same sequence of
+weights.
 """
 
 from __future__ import annotations
@@ -56,9 +57,9 @@ class Learner(nn.Module):
             key_encoder.requires_grad_(False)
         split_batch_norm(encoder.backbone, _splits_here(batch_norm.query_splits))
         if batch_norm.synchronise and distributed.world() > 1 and torch.cuda.is_available():
-            encoder = nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
+            encoder = nn.SyncBatchNorm.convert_sync_batchnorm(encoder)  # type: ignore[no-untyped-call]
             if key_encoder is not None:
-                key_encoder = nn.SyncBatchNorm.convert_sync_batchnorm(key_encoder)
+                key_encoder = nn.SyncBatchNorm.convert_sync_batchnorm(key_encoder)  # type: ignore[no-untyped-call]
         self.encoder = encoder
         self.key_encoder = key_encoder
         self.memory = memory
@@ -110,9 +111,7 @@ class Learner(nn.Module):
         self.memory.remember(joined)
         self.follow(momentum)
         if distributed.world() > 1:
-            distributed.average_(
-                b for n, b in self.named_buffers() if n.endswith(("running_mean", "running_var"))
-            )
+            distributed.average_(b for n, b in self.named_buffers() if n.endswith(("running_mean", "running_var")))
         self.step += 1
 
     @torch.no_grad()

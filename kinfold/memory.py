@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kinfold import distributed
+from kinfold.errors import UserError
 from kinfold.settings import settings
 
 Memo = tuple[Tensor, ...]
@@ -91,7 +92,7 @@ class BankMemory:
     name: Literal["bank"] = "bank"
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
     """how much of an old key stays when its image is seen again (m)"""
-    nearest: Annotated[int, Field(ge=1)] = 4096
+    nearest: Annotated[int, Field(ge=2)] = 4096
     """how many nearest keys are consulted (M); a set with fewer images uses all"""
     neighbours: Annotated[int, Field(ge=1)] = 4
     """edges out of each image (k)"""
@@ -116,9 +117,7 @@ class Queue(Memory):
         super().__init__()
         self.size = size
         self.batch_keys = batch_keys
-        start = (
-            F.normalize(torch.randn(size, dimension), dim=1) if size else torch.zeros(0, dimension)
-        )  # [K, D]
+        start = F.normalize(torch.randn(size, dimension), dim=1) if size else torch.zeros(0, dimension)  # [K, D]
         self.register_buffer("keys", start)
         self.register_buffer("born", torch.zeros(size, dtype=torch.int64))  # [K] write in which each key came
         self.register_buffer("next", torch.zeros((), dtype=torch.int64))  # row that is written next
@@ -265,6 +264,8 @@ class Bank(Memory):
 def build_memory(how: QueueMemory | BatchMemory | BankMemory, *, images: int, dimension: int) -> Memory:
     """Make the memory that a recipe asks for; `images` is the size of the set, `dimension` that of a key."""
     if isinstance(how, BankMemory):
+        if images < 2:
+            raise UserError(f"memory: a bank compares images, but the set has {images}. Give at least two images.")
         return Bank(images, dimension, how)
     if isinstance(how, BatchMemory):
         return Queue(0, dimension, batch_keys=True)

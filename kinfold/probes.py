@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kinfold import distributed, health
 from kinfold.data.loader import Batch
@@ -69,15 +70,17 @@ class Probes:
         measures: dict[str, float] = {}
         if self.bank.labels is not None:
             measures.update(self._neighbours(learner, features, positions))
-        unit = torch.nn.functional.normalize(features, dim=1)  # [n, F]
         measures["rankme"] = health.rankme(features)
+        measures["dimensions"] = float(min(features.shape))
         measures["alpha_req"] = health.alpha_req(features)
-        measures["uniformity"] = health.uniformity(unit)
-        measures["spread"] = health.spread(features)
+        embeddings = learner.encoder.head(features.to(self.device))  # [n, D]
+        measures["spread"] = health.spread(embeddings)
+        measures["uniformity"] = health.uniformity(F.normalize(embeddings, dim=1))
         if batch is not None:
             measures.update(self._meeting(learner, batch, epoch))
         if isinstance(learner.memory, Queue) and learner.memory.size:
-            measures["queue_age"] = health.queue_age(learner.memory.born, int(learner.memory.written)).mean
+            age = health.queue_age(learner.memory.born, int(learner.memory.written))
+            measures.update(queue_age=age.mean, queue_age_max=age.max)
         return measures
 
     def _features(self, learner: Learner, source: Source) -> tuple[Tensor, np.ndarray[Any, Any]]:
@@ -96,9 +99,7 @@ class Probes:
         )
         return torch.as_tensor(features), positions
 
-    def _neighbours(
-        self, learner: Learner, features: Tensor, positions: np.ndarray[Any, Any]
-    ) -> dict[str, float]:
+    def _neighbours(self, learner: Learner, features: Tensor, positions: np.ndarray[Any, Any]) -> dict[str, float]:
         """Top-1 accuracy of weighted k-NN: held-out images ask, or every image asks the others."""
         assert self.bank.labels is not None
         labels = torch.from_numpy(np.asarray(self.bank.labels)[positions])
@@ -132,7 +133,8 @@ class Probes:
             seen, _ = learner.memory.compare(q, k, index)
             target = learner.method.target(seen)
             if target is not None:
-                measures["target_entropy"] = health.target_entropy(target).nats
+                entropy = health.target_entropy(target)
+                measures.update(target_entropy=entropy.nats, perplexity=entropy.perplexity, keys=float(target.shape[1]))
         return measures
 
 

@@ -26,7 +26,7 @@ ORDER = 1
 VIEW = 2
 """the parameters of one view: (VIEW, seed, epoch, image, view)"""
 SHUFFLE = 3
-"""the shuffle of a batch between devices or groups: (SHUFFLE, seed, step)"""
+"""the shuffle of a batch between devices or groups: (SHUFFLE, seed, step, view)"""
 REPLACE = 4
 """the image that stands in for an unreadable one: (REPLACE, seed, epoch, position, trial)"""
 WEIGHTS = 5

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A `Recipe` holds everything that decides a result; a `Run` says where and how it is computed.
 
-A recipe never holds a path or a piece of hardware, and what can be derived is no setting. Recipes are YAML, complete and
-flat; on the command line `key=value` changes single settings, of the recipe or of the run, by their dotted names. What
-is unknown or of a wrong type is refused at load time, with its path and the nearest right name.
+A recipe never holds a path or a piece of hardware, and what can be derived is no setting. Recipes are YAML, complete
+and flat; on the command line `key=value` changes single settings, of the recipe or of the run, by their dotted names.
+What is unknown or of a wrong type is refused at load time, with its path and the nearest right name.
 """
 
 from __future__ import annotations
@@ -98,11 +98,23 @@ class Recipe:
                 f"predictor.out: must be head.out ({self.head.out}), because predictions meet keys, but got "
                 f"{self.predictor.out}"
             )
-        if isinstance(self.method, InvP) and isinstance(self.memory, BankMemory):
-            if (self.method.sets == "paper") == self.memory.repeats:
+        paper = isinstance(self.method, InvP) and self.method.sets == "paper"
+        if isinstance(self.memory, BankMemory) and self.memory.repeats == paper:
+            raise ValueError(
+                f"memory.repeats: method.sets: {'paper' if paper else 'code'} goes with "
+                f"repeats: {'false' if paper else 'true'}"
+            )
+        if self.memory.name == "batch" and (self.batch_size // self.accumulate < 2 or not self.drop_last):
+            raise ValueError(
+                "memory.name: with batch the other images of the batch are all there is to compare with: it needs "
+                "batch_size of at least 2 in each of the accumulated parts, and drop_last: true"
+            )
+        for name in ("query_splits", "key_splits"):
+            splits, part = getattr(self.batch_norm, name), self.batch_size // self.accumulate
+            if splits > 1 and part < 2 * splits:
                 raise ValueError(
-                    f"memory.repeats: method.sets: {self.method.sets} goes with "
-                    f"repeats: {'false' if self.method.sets == 'paper' else 'true'}"
+                    f"batch_norm.{name}: {splits} groups of a batch of {part} have fewer than 2 images each, too few to "
+                    "normalise; use fewer splits or a larger batch_size"
                 )
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate: {self.accumulate} does not divide batch_size {self.batch_size}")
@@ -219,9 +231,7 @@ def load(
     path = find_recipe(recipe)
     values = read_yaml(path.read_text(encoding="utf-8"), source=str(recipe))
     if not isinstance(values, dict):
-        raise UserError(
-            f"{recipe}: a recipe is a mapping of settings, but this file holds {type(values).__name__}."
-        )
+        raise UserError(f"{recipe}: a recipe is a mapping of settings, but this file holds {type(values).__name__}.")
     run_values: dict[str, Any] = dict(run or {})
     run_names = {f.name for f in fields(Run)}  # type: ignore[arg-type]
     recipe_settings = {f.name for f in fields(Recipe)}  # type: ignore[arg-type]
@@ -234,7 +244,7 @@ def load(
         if first in run_names:
             run_values[key] = value
         elif first in recipe_settings:
-            _assign(values, key, value)
+            assign(values, key, value)
         else:
             near = difflib.get_close_matches(first, sorted(run_names | recipe_settings), n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
@@ -242,7 +252,7 @@ def load(
     return parse(Recipe, values, source=str(recipe)), parse(Run, run_values, source="run")
 
 
-def _assign(values: dict[str, Any], key: str, value: Any) -> None:
+def assign(values: dict[str, Any], key: str, value: Any) -> None:
     """Set the entry with the dotted name `key`; a number counts list entries and `*` means all of them."""
     parts = key.split(".")
     places: list[Any] = [values]
@@ -252,9 +262,7 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
         for place in places:
             if isinstance(place, list):
                 if part != "*" and not (part.isdigit() and int(part) < len(place)):
-                    raise UserError(
-                        f"{key}: {part!r} is no entry; give a number from 0 to {len(place) - 1}, or *."
-                    )
+                    raise UserError(f"{key}: {part!r} is no entry; give a number from 0 to {len(place) - 1}, or *.")
                 chosen: list[Any] = list(range(len(place))) if part == "*" else [int(part)]
             elif isinstance(place, dict):
                 chosen = [part]
@@ -343,13 +351,9 @@ def differences(first: Any, second: Any, *, path: str = "") -> list[str]:
     """Dotted names and values in which two plain structures differ: `epochs: 100 here, 200 there`."""
     if isinstance(first, dict) and isinstance(second, dict):
         keys = [*first, *(k for k in second if k not in first)]
-        return [
-            d for k in keys for d in differences(first.get(k), second.get(k), path=f"{path}.{k}".lstrip("."))
-        ]
+        return [d for k in keys for d in differences(first.get(k), second.get(k), path=f"{path}.{k}".lstrip("."))]
     if isinstance(first, list) and isinstance(second, list) and len(first) == len(second):
-        return [
-            d for i, (a, b) in enumerate(zip(first, second)) for d in differences(a, b, path=f"{path}.{i}")
-        ]
+        return [d for i, (a, b) in enumerate(zip(first, second)) for d in differences(a, b, path=f"{path}.{i}")]
     return [] if first == second else [f"{path}: {json.dumps(first)} here, {json.dumps(second)} there"]
 
 

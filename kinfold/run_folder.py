@@ -34,7 +34,9 @@ def write_text(path: Path, text: str) -> None:
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written: {error.strerror}. Free some space or choose another out=.") from None
+        raise UserError(
+            f"{path} could not be written: {error.strerror}. Free some space or choose another out=."
+        ) from None
 
 
 def open_run_folder(recipe: Recipe, run: Run, *, writes: bool = True) -> Path:
@@ -55,7 +57,9 @@ def open_run_folder(recipe: Recipe, run: Run, *, writes: bool = True) -> Path:
                 + "\nChoose another out=, or give the same recipe to resume."
             )
     elif folder.is_dir() and (folder / "checkpoints").is_dir() and any((folder / "checkpoints").glob("*.pt")):
-        raise UserError(f"out: {folder} has checkpoints but no recipe.yaml, so it is unclear whose. Choose another out=.")
+        raise UserError(
+            f"out: {folder} has checkpoints but no recipe.yaml, so it is unclear whose. Choose another out=."
+        )
     if writes:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +75,9 @@ def read_recipe(folder: Path) -> Recipe:
     """Read the recipe of a run folder. Raises `UserError` where the folder is none."""
     stored = folder / "recipe.yaml"
     if not stored.is_file():
-        raise UserError(f"{folder} is no run folder: it has no recipe.yaml. Give the folder that `kinfold pretrain` wrote.")
+        raise UserError(
+            f"{folder} is no run folder: it has no recipe.yaml. Give the folder that `kinfold pretrain` wrote."
+        )
     return parse(Recipe, read_yaml(stored.read_text(encoding="utf-8"), source=str(stored)), source=str(stored))
 
 

@@ -24,4 +24,5 @@ def settings(cls: type[T]) -> type[T]:
 
     Raises pydantic's `ValidationError` on an unknown name, a wrong type or a value outside its bounds.
     """
-    return dataclass(frozen=True, kw_only=True, config=_CONFIG)(cls)
+    made: type[T] = dataclass(frozen=True, kw_only=True, config=_CONFIG)(cls)  # type: ignore[assignment]
+    return made

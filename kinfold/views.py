@@ -58,9 +58,7 @@ class Augmentation:
         if self.scale[1] > 1.0:
             raise ValueError(f"scale: a crop covers at most the whole image (1.0), but got {self.scale[1]}")
         if min(self.jitter) < 0 or self.jitter[3] > 0.5:
-            raise ValueError(
-                f"jitter: strengths are 0 or more and hue at most 0.5, but got {list(self.jitter)}"
-            )
+            raise ValueError(f"jitter: strengths are 0 or more and hue at most 0.5, but got {list(self.jitter)}")
 
 
 _COLOUR = {"jitter": (0.4, 0.4, 0.4, 0.1), "jitter_probability": 0.8, "grey": 0.2}
@@ -86,7 +84,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def _expand(item: Any) -> Any:
+def expand_preset(item: Any) -> Any:
     """Replace `like: NAME` by the preset's settings, under those that the item gives itself."""
     if not isinstance(item, dict):
         return item
@@ -117,7 +115,7 @@ class Views:
     key encoder (InvP).
     """
 
-    augment: tuple[Annotated[Augmentation, BeforeValidator(_expand)], ...]
+    augment: tuple[Annotated[Augmentation, BeforeValidator(expand_preset)], ...]
     """one entry a view; in YAML `{like: moco-v2, size: 32, blur: 0.0}` starts from a preset"""
     pairs: tuple[tuple[int, int | None], ...] = ((0, 1),)
     """(query view, key view), counted from 0"""

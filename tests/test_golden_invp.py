@@ -79,6 +79,15 @@ def test_a_step_gives_the_authors_losses_gradient_neighbours_and_bank(name: str)
 
 
 @pytest.mark.parametrize("name", FILES)
+def test_single_precision_is_enough_for_the_losses(name: str) -> None:
+    golden, learner = from_file(name)
+    losses, _ = learner.float()([golden["raw"].float()], golden["idx"], 0)
+    assert losses["instance"].dtype == torch.float32
+    assert float(losses["instance"]) == pytest.approx(float(golden["L_ins"]), rel=1e-5)
+    assert float(losses["invariance"]) == pytest.approx(WEIGHT * float(golden["L_inv"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_the_walk_and_the_nearest_are_the_authors(name: str) -> None:
     golden, learner = from_file(name)
     bank = learner.memory

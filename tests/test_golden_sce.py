@@ -54,6 +54,15 @@ def test_the_loss_and_its_gradient_are_the_authors(setting: str) -> None:
 
 
 @pytest.mark.parametrize("setting", LOSSES)
+def test_single_precision_is_enough_for_the_loss(setting: str) -> None:
+    golden = load("sce_loss")
+    seen, _ = queue_of(golden).float().compare(golden["q"].float(), golden["k"].float(), torch.arange(6))
+    loss = sce_of(setting, "zero").loss(seen, 0)["similarity"]
+    assert loss.dtype == torch.float32
+    assert float(loss) == pytest.approx(float(golden[f"loss_{setting}"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("setting", LOSSES)
 def test_the_masked_loss_is_the_papers_formula(setting: str) -> None:
     golden = load("sce_loss")
     seen, _ = queue_of(golden).compare(golden["q"], golden["k"], torch.arange(6))

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from kinfold.data.sources import Subset, open_source
 from kinfold.encoders import Backbone, Encoder, Head, build_backbone, build_head
 from kinfold.errors import UserError
-from kinfold.evaluate import KNN, FrozenBackbone, Labelled, evaluate, knn, load_protocol
+from kinfold.evaluate import KNN, FrozenBackbone, Labelled, evaluate, load_protocol
 from kinfold.evaluate.features import extract, frozen, hash_of, load_backbone, resize_for
-from kinfold.evaluate.knn import accuracies, knn_scores, nearest, rank
+from kinfold.evaluate.knn import accuracies, knn, knn_scores, nearest, rank
 from kinfold.evaluate.labelled import labels_of
 
 GOLDEN = Path(__file__).parent / "golden" / "moco_knn_predict.npz"
@@ -114,9 +114,7 @@ def test_all_combinations_in_one_pass_are_those_of_one_at_a_time() -> None:
     bank = nn.functional.normalize(torch.randn(60, 5, generator=generator, dtype=torch.float64), dim=1)
     queries = nn.functional.normalize(torch.randn(40, 5, generator=generator, dtype=torch.float64), dim=1)
     labels, truth = torch.arange(60) % 7, torch.arange(40) % 7
-    together = accuracies(
-        queries, bank, labels, truth, neighbours=[3, 20], temperatures=(0.05, 1.0), classes=7
-    )
+    together = accuracies(queries, bank, labels, truth, neighbours=[3, 20], temperatures=(0.05, 1.0), classes=7)
     for k in (3, 20):
         for temperature in (0.05, 1.0):
             order = rank(knn_scores(queries, bank, labels, k=k, temperature=temperature, classes=7))
@@ -168,7 +166,7 @@ def test_leave_one_out_never_meets_itself() -> None:
 
 def test_the_backbone_is_the_same_after_as_before_to_the_bit(backbone: FrozenBackbone) -> None:
     module = backbone.module
-    list(module.children())[0].eval()  # a mode that is mixed must come back mixed
+    next(module.children()).eval()  # a mode that is mixed must come back mixed
     modes = [child.training for child in module.modules()]
     state = {name: value.clone() for name, value in module.state_dict().items()}
     before = hash_of(module)
@@ -258,7 +256,7 @@ def test_the_short_side_is_chosen_by_the_images() -> None:
 
 def test_missing_labels_say_how_to_give_them() -> None:
     images: list[np.ndarray | bytes] = [np.zeros((4, 4, 1), np.uint8)] * 4
-    with pytest.raises(UserError, match="folder of its own.*label column"):
+    with pytest.raises(UserError, match=r"folder of its own.*label column"):
         labels_of(Arrays(images, None), None)
     with pytest.raises(UserError, match="2 of 4 images have no label"):
         labels_of(Arrays(images, [0, -1, 1, -1]), None)

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from kinfold.data.sources import Subset, open_source
 from kinfold.encoders import Backbone, build_backbone
 from kinfold.errors import UserError
-from kinfold.evaluate import FrozenBackbone, Labelled, Linear, evaluate, linear, load_protocol
+from kinfold.evaluate import FrozenBackbone, Labelled, Linear, evaluate, load_protocol
 from kinfold.evaluate.features import hash_of
-from kinfold.evaluate.linear import Classifier, Cosine, Steps, correct, first_weights, pad_crop, share_of_rate
+from kinfold.evaluate.linear import Classifier, Cosine, Steps, correct, first_weights, linear, pad_crop, share_of_rate
 from kinfold.views import Augmentation
 
 WHOLE = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
@@ -127,9 +127,9 @@ def test_top_five_counts_the_first_five() -> None:
 
 def test_rates_scale_with_the_batch_where_a_base_is_given() -> None:
     data = Labelled(train=Halves(100, 0), test=Halves(50, 1))
-    settings = Linear(epochs=2, batch_size=50, learning_rates=(0.02,))
+    settings = Linear(epochs=2, batch_size=50, learning_rates=(0.002,))
     scaled = linear(flat(), data, dataclasses.replace(settings, base_batch=25))
-    direct = linear(flat(), data, dataclasses.replace(settings, learning_rates=(0.04,)))
+    direct = linear(flat(), data, dataclasses.replace(settings, learning_rates=(0.004,)))
     assert scaled["last"] == direct["last"] != linear(flat(), data, settings)["last"]
 
 
@@ -230,7 +230,7 @@ def test_a_small_set_is_one_batch_and_said() -> None:
     for augment in (None, Augmentation(size=4, **WHOLE)):
         said.clear()
         linear(flat(), data, Linear(epochs=1, augment=augment))
-        assert said == ["There are 30 training images, fewer than batch_size 256: a batch is all."]
+        assert said == ["batch_size is 256; there are 30 training images, so a batch is all of them."]
 
 
 def test_the_last_batch_is_kept_where_it_is_asked_for() -> None:

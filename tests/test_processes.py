@@ -15,7 +15,6 @@ import torch
 from test_resume import environment
 from tiny_recipes import tiny
 from torch import multiprocessing
-from torch.nn.parallel import DistributedDataParallel
 
 from kinfold import distributed
 from kinfold.checkpoint import load_latest
@@ -23,8 +22,9 @@ from kinfold.data.loader import Loader
 from kinfold.data.sources import open_source
 from kinfold.methods import METHODS
 from kinfold.optim import build_optimizer
-from kinfold.pretrain import build_learner, take_step
+from kinfold.pretrain import numbers
 from kinfold.recipe import Recipe, parse, plain, to_yaml
+from kinfold.training import Training, build_learner
 
 STEPS = 4
 
@@ -51,27 +51,20 @@ def train(rank: int, world: int, port: int, values: dict[str, Any], out: str) ->
         drop_last=recipe.drop_last,
     )
     learner = build_learner(recipe, images=len(source)).double().train()
-    optimizer = build_optimizer(recipe.optimizer, learner.encoder)
-    wrapped = DistributedDataParallel(learner, broadcast_buffers=False) if world > 1 else learner
+    training = Training(
+        recipe=recipe,
+        folder=Path(out),
+        source=source,
+        loader=loader,
+        learner=learner,
+        optimizer=build_optimizer(recipe.optimizer, learner.encoder),
+        device=torch.device("cpu"),
+        step=2 * loader.steps_per_epoch,
+    )
     losses = []
-    for step, batch in zip(range(STEPS), loader.epoch(2)):
-        batch = batch._replace(views=[view.double() for view in batch.views])
-        terms = take_step(
-            wrapped,
-            learner,
-            optimizer,
-            batch,
-            recipe,
-            epoch=2,
-            rate=0.05,
-            momentum=0.9,
-            step=step,
-            half=False,
-            where=(Path(out), source),
-        )
-        total = torch.stack(list(terms.values())).sum()
-        distributed.average_([total])
-        losses.append(float(total))
+    for _, batch in zip(range(STEPS), loader.epoch(2)):
+        terms = training.take_step(batch._replace(views=[view.double() for view in batch.views]), 2)
+        losses.append(numbers(terms)["loss"])
     torch.save({"state": learner.state_dict(), "losses": losses}, f"{out}/{world}-{rank}.pt")
     distributed.stop()
 
@@ -117,7 +110,7 @@ def assert_alike(recipe: Recipe, tmp_path: Path) -> None:
 def test_one_process_and_two_train_the_same(method: str, tmp_path: Path) -> None:
     # Split batch norm in one process is plain batch norm in two; keys are shuffled over the ranks.
     splits = {"query_splits": 2, "key_splits": 2, "shuffle_keys": method != "invp"}
-    assert_alike(tiny(method, batch_norm=splits), tmp_path)
+    assert_alike(tiny(method, batch_norm=splits, epochs=4), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -132,13 +125,23 @@ def test_one_process_and_two_train_the_same(method: str, tmp_path: Path) -> None
 def test_other_memories_and_accumulation_train_the_same(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
     splits = {"batch_norm": {"query_splits": 2, "key_splits": 2}}
     symmetric = {"views": {**plain(tiny(name))["views"], "pairs": [[0, 1], [1, 0]]}}
-    assert_alike(tiny(name, **{**splits, **symmetric, **changes}), tmp_path)
+    assert_alike(tiny(name, **{**splits, **symmetric, **changes, "epochs": 4}), tmp_path)
 
 
 def test_torchrun_starts_two_processes_and_leaves_one_run_folder(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(to_yaml(tiny("sce", epochs=1, batch_norm={"query_splits": 2, "key_splits": 2})))
-    words = ["pretrain", "digits", "-q", "--recipe", str(recipe), "limit=150", "workers=0", "probe_every=0", "device=cpu"]
+    words = [
+        "pretrain",
+        "digits",
+        "-q",
+        "--recipe",
+        str(recipe),
+        "limit=150",
+        "workers=0",
+        "probe_every=0",
+        "device=cpu",
+    ]
     module = ["-m", "kinfold", *words]
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), *module]
     for name, start in (("one", module), ("two", torchrun)):

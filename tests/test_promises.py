@@ -347,3 +347,22 @@ def test_losses_of_several_pairs_are_averaged_or_summed(case: Case) -> None:
     for name in mean:
         assert_close(summed[name], one_by_one[name], name)
         assert_close(mean[name] * len(case.pairs), one_by_one[name], name)
+
+
+def test_embeddings_are_unit_vectors_in_single_precision_also_where_the_encoders_run_in_half(
+    case: Case,
+) -> None:
+    learner = case.learner().float()
+    views, index = case.batch()
+    small = [view.float() for view in views]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        q = learner.encoder(small[0])
+        losses, memos = learner(small, index, case.epoch)
+    assert q.dtype == torch.float32
+    assert torch.allclose(q.norm(dim=1), torch.ones(8), atol=1e-6)
+    assert all(value.dtype == torch.float32 for value in losses.values())
+    assert all(t.dtype in (torch.float32, torch.int64) for memo in memos for t in memo)
+    exact, _ = learner(small, index, case.epoch)
+    # Two digits of the encoders are lost, none of the loss: the same embeddings would give the same numbers.
+    for name, value in losses.items():
+        assert float(value.detach()) == pytest.approx(float(exact[name].detach()), rel=0.2, abs=0.2)

@@ -23,7 +23,14 @@ IMAGES = 150  # four and a half steps of 32 an epoch
 
 
 def command(folder: Path, recipe: Path, workers: int) -> list[str]:
-    words = [f"workers={workers}", f"limit={IMAGES}", "resident=false", "checkpoint_steps=1", "probe_every=0", "log_every=1"]
+    words = [
+        f"workers={workers}",
+        f"limit={IMAGES}",
+        "resident=false",
+        "checkpoint_steps=1",
+        "probe_every=0",
+        "log_every=1",
+    ]
     head = [sys.executable, "-m", "kinfold", "pretrain", "digits", "-q", "--recipe", str(recipe), "--out", str(folder)]
     return [*head, *words, "device=cpu"]
 
@@ -33,7 +40,9 @@ def environment() -> dict[str, str]:
 
 
 def run(folder: Path, recipe: Path, workers: int) -> None:
-    subprocess.run(command(folder, recipe, workers), check=True, env=environment(), timeout=240, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        command(folder, recipe, workers), check=True, env=environment(), timeout=240, stdout=subprocess.DEVNULL
+    )
 
 
 def kill_at(folder: Path, recipe: Path, workers: int, step: int, how: signal.Signals) -> int:
@@ -49,8 +58,6 @@ def kill_at(folder: Path, recipe: Path, workers: int, step: int, how: signal.Sig
     process.send_signal(how)
     process.communicate(timeout=60)
     return process.returncode
-
-
 
 
 def assert_equal_to_the_bit(first: object, second: object, where: str = "") -> None:

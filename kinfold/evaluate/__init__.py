@@ -19,17 +19,19 @@ from kinfold.data.decode import Undecodable
 from kinfold.data.sources import Source, open_source
 from kinfold.errors import UserError
 from kinfold.evaluate.backbones import FrozenBackbone, load_backbone
-from kinfold.evaluate.knn import KNN, knn
+from kinfold.evaluate.knn import KNN
+from kinfold.evaluate.knn import knn as by_knn
 from kinfold.evaluate.labelled import Labelled, tell
-from kinfold.evaluate.linear import Linear, linear
+from kinfold.evaluate.linear import Linear
+from kinfold.evaluate.linear import linear as by_linear
 from kinfold.evaluate.results import about_backbone, about_machine, about_source, versions, write_result
-from kinfold.recipe import RECIPES, _assign, find_recipe, parse, plain, read_yaml
+from kinfold.recipe import RECIPES, assign, find_recipe, parse, plain, read_yaml
 
-__all__ = ["KNN", "PROTOCOLS", "FrozenBackbone", "Labelled", "Linear", "evaluate", "knn", "linear", "load_protocol"]
+__all__ = ["KNN", "PROTOCOLS", "FrozenBackbone", "Labelled", "Linear", "evaluate", "load_backbone", "load_protocol"]
 
 PROTOCOLS: dict[str, tuple[type[Any], Callable[[FrozenBackbone, Labelled, Any], dict[str, float]]]] = {
-    "knn": (KNN, knn),
-    "linear": (Linear, linear),
+    "knn": (KNN, by_knn),
+    "linear": (Linear, by_linear),
 }
 
 
@@ -49,7 +51,7 @@ def load_protocol(protocol: str, recipe: str = "default", overrides: Sequence[st
         key, sign, text = word.partition("=")
         if not sign or not key:
             raise UserError(f"{word!r} is no setting. Write key=value, for example epochs=50 or neighbours=[200].")
-        _assign(values, key, read_yaml(text, source=word) if text.strip() else None)
+        assign(values, key, read_yaml(text, source=word) if text.strip() else None)
     return parse(PROTOCOLS[protocol][0], values, source=source)
 
 
@@ -81,7 +83,7 @@ def evaluate(
 
     Raises `UserError` for anything given that cannot work.
     """
-    from kinfold.pretrain import choose_device, choose_workers  # it probes, so it imports this package
+    from kinfold.devices import choose_device, choose_workers
 
     began = time.monotonic()
     notes: list[str] = []

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -167,11 +168,12 @@ def _fill(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
 
 
 def _from_timm(name: str) -> FrozenBackbone:
+    known = timm.is_model(name)
     try:
         module: Any = build_backbone(Backbone(name=name, pretrained=True), 3)
-    except UserError:
-        raise
     except Exception as error:  # the hub's client has many ways to say that there is no network
+        if not known:
+            raise
         raise UserError(_offline(f"timm:{name}", error)) from error
     about = module.pretrained_cfg
     size = int(about["input_size"][-1])
@@ -213,7 +215,10 @@ def _from_torchvision(name: str) -> FrozenBackbone:
 
 
 def _offline(what: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    cause: BaseException = error
+    while cause.__cause__ is not None:  # the first of a chain says it best
+        cause = cause.__cause__
+    reason = " ".join(str(cause).split())[:200] or type(cause).__name__
     return (
         f"The weights of {what} could not be fetched ({reason}). Connect to the network once, or give a local "
         "run folder or .safetensors file."

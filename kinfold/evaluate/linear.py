@@ -25,7 +25,7 @@ from kinfold.evaluate.features import bar, frozen
 from kinfold.evaluate.labelled import Labelled, labels_of
 from kinfold.randomness import ORDER, VIEW, WEIGHTS, permutation, seed_of, uniforms
 from kinfold.settings import settings
-from kinfold.views import Augmentation, Positive, Views, _expand
+from kinfold.views import Augmentation, Positive, Views, expand_preset
 
 Count = Annotated[int, Field(ge=1)]
 _PAD_CROP = 1  # the place of the shifted crop beside view 0 in an image's addresses
@@ -61,7 +61,7 @@ class Linear:
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     schedule: Annotated[Steps | Cosine, Field(discriminator="name")] = Field(default_factory=Steps)
-    augment: Annotated[Augmentation, BeforeValidator(_expand)] | None = None
+    augment: Annotated[Augmentation, BeforeValidator(expand_preset)] | None = None
     """how training images are varied; if not given they look like test images, and features are made only once"""
     pad_crop: Count | None = None
     """the crop is this instead: pad by so many black pixels, cut a square of the old size anywhere (SCE on CIFAR)"""

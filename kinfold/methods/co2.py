@@ -52,7 +52,5 @@ class CO2(Method):
         assert seen.by_key is not None, "CO2 needs a key encoder"
         asked = log_softmax(hide(seen.by_query, seen.own), self.consistency_temperature)  # [B, K] log Q
         answered = log_softmax(hide(seen.by_key, seen.own), self.consistency_temperature)  # [B, K] log P
-        instance = cross_entropy(
-            one_hot(seen.own, seen.by_query), log_softmax(seen.by_query, self.temperature)
-        )
+        instance = cross_entropy(one_hot(seen.own, seen.by_query), log_softmax(seen.by_query, self.temperature))
         return {"instance": instance, "consistency": self.consistency_weight * symmetric_kl(answered, asked)}

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """InvP: Unsupervised Representation Learning by Invariance Propagation (Wang et al., NeurIPS 2020).
 
-Neighbours of neighbours are likely of one kind even where they look different. The bank's images form a graph of nearest
-neighbours; walking it a few steps from an image reaches others, and of these the *least* similar are what there is to learn.
+Neighbours of neighbours are likely of one kind even where they look different. The bank's images form a graph of
+nearest neighbours; walking it a few steps from an image reaches others, and of these the *least* similar are what there
+is to learn.
 
     a term for the image itself        ℓ_ins = −log S(own) / S(top M)
     a term for the hard positives      ℓ_inv = −log S(P least similar of those reached) / denominator
@@ -10,7 +11,7 @@ neighbours; walking it a few steps from an image reaches others, and of these th
 
 | ① views | ② memory | ③ target | ④ divergence |
 |---|---|---|---|
-| one view, no key encoder | bank + neighbour graph | own key; then the hard positives | −log of the mass on the positives |
+| one view, no key encoder | bank + neighbour graph | own key; then hard positives | −log of the mass on the positives |
 
 Paper and authors' code differ, and both are here (`sets`). The code walks with repeats, leaves easy positives in the
 denominator and the hard ones out of it, so that its second term can fall below zero, and adds 1e-7 to each ratio; the

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MoCo: Momentum Contrast for Unsupervised Visual Representation Learning (He et al., CVPR 2020; v2: Chen et al., 2020).
+"""MoCo: Momentum Contrast for Unsupervised Visual Representation Learning (He et al., CVPR 2020; Chen et al., 2020).
 
 A query has one right answer among many keys: the key of the same image, made by a slowly moving copy of the encoder.
 The other keys come from a queue, so that there are many of them whatever the batch.

@@ -11,7 +11,7 @@ similarity to other images.
 |---|---|---|---|
 | strong asks, weak answers; symmetric; multi-crop | queue | λ one-hot + (1−λ) softmax(k·m/τ_m) | cross-entropy |
 
-λ = 1 is MoCo. With λ = 0 only relations are left, but unlike in ReSSL the own key stays in the prediction's denominator.
+λ = 1 is MoCo. With λ = 0 only relations are left, but unlike in ReSSL the own key stays in the denominator of p.
 With the masked target, ℓ = λ InfoNCE + (1 − λ) (ReSSL − log(1 − p(k))).
 """
 

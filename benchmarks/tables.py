@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of results in README.md, made from `benchmarks/results/*.json` and from nothing else.
+
+    python benchmarks/tables.py            rewrites what stands between the two markers
+    python benchmarks/tables.py --check    says whether it would change, by its exit code
+
+A row without a file says "not measured yet".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
+NOT_YET = "not measured yet"
+
+METHODS = {"moco": "MoCo", "ressl": "ReSSL", "sce": "SCE", "co2": "CO2", "invp": "InvP"}
+GPU = ("moco/cifar10-notebook-asymmetric", "sce/cifar10")
+
+
+def read(name: str) -> dict[str, Any] | None:
+    """The result file NAME.json; None where it is not there."""
+    path = RESULTS / f"{name}.json"
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def link(name: str) -> str:
+    """A Markdown link to a result file."""
+    return f"[{name}.json](benchmarks/results/{name}.json)"
+
+
+def spread(values: list[float], *, digits: int = 1, sign: bool = False) -> str:
+    """A mean with its standard deviation over seeds; the value alone where there is one."""
+    form = f"{'+' if sign else ''}.{digits}f"
+    mean = format(statistics.mean(values), form)
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def machine(result: dict[str, Any]) -> str:
+    """What a result was measured on, in words."""
+    about = result["machine"]
+    if about.get("gpu") and result.get("device") != "cpu":
+        return str(about["gpu"])
+    return f"{about['processor']}, {about['threads']} of {about['cores']} cores"
+
+
+def learning() -> list[str]:
+    """k-NN before and after a small pretraining, one row a method."""
+    rows = []
+    for method, title in METHODS.items():
+        result = read(f"learning-{method}")
+        command = f"`python benchmarks/learning.py {method} --seeds 0 1 2 --data CIFAR10`"
+        if result is None:
+            rows.append(f"| {title} | {NOT_YET} | | | | {command} |")
+            continue
+        runs = result["runs"]
+        columns = [
+            title,
+            spread([run["knn_untrained"] for run in runs]),
+            spread([run["knn_trained"] for run in runs]),
+            spread([run["gain"] for run in runs], sign=True),
+            f"{len(runs)} × {statistics.mean(run['seconds'] for run in runs):.0f} s",
+            link(f"learning-{method}"),
+        ]
+        rows.append(f"| {' | '.join(columns)} |")
+    where = next((machine(found) for method in METHODS if (found := read(f"learning-{method}"))), None)
+    intro = (
+        "Does it learn? 10,000 CIFAR-10 images, a small ResNet, recipes under `benchmarks/recipes`; weighted k-NN "
+        "(k = 200, T = 0.1) on the backbone's features, all 10,000 test images, per cent; mean ± standard deviation "
+        "over the seeds. "
+        "These recipes are made for two cores and are no paper's setting, so the methods are not ranked by them."
+    )
+    head = [
+        "| method | k-NN untrained | k-NN trained | gain | seeds × time | file or command |",
+        "|---|--:|--:|--:|--:|---|",
+    ]
+    return [intro if where is None else f"{intro} Measured on: {where}.", "", *head, *rows]
+
+
+def overhead() -> list[str]:
+    """Speed and memory of the loop beside a bare one."""
+    head = ["| loop | images/s | peak memory | file or command |", "|---|--:|--:|---|"]
+    result = read("loop-overhead")
+    if result is None:
+        intro = "What does the loop cost? `pretrain` beside a bare loop over the same ResNet-18 encoders at 32 px."
+        return [intro, "", *head, f"| both | {NOT_YET} | | `python benchmarks/loop_overhead.py` |"]
+    intro = (
+        f"What does the loop cost? `pretrain` beside a bare loop ({result['bare']}) over the same {result['backbone']} "
+        f"encoders at 32 px, batch {result['batch_size']}; medians of {len(result['pairs'])} interleaved pairs on "
+        f"{machine(result)}. `pretrain` runs at {100 * result['speed_share']:.0f} % of the bare loop's speed."
+    )
+    rows = []
+    for which, title in (("kinfold", "`pretrain`, all included"), ("bare", "bare loop")):
+        found = result["medians"][which]
+        columns = [
+            title,
+            f"{found['images_per_second']:.1f}",
+            f"{found['peak_memory_mb']:.0f} MB",
+            link("loop-overhead"),
+        ]
+        rows.append(f"| {' | '.join(columns)} |")
+    return [intro, "", *head, *rows]
+
+
+def gpu() -> list[str]:
+    """The CIFAR-10 recipes on one GPU."""
+    intro = (
+        "On a GPU: CIFAR-10 recipes for as many epochs as a time budget allows; k-NN as MoCo's notebook measures it "
+        "(k = 200, T = 0.1, embeddings of the head), per cent. The notebook's own figure for its 200 epochs is 82.6."
+    )
+    head = [
+        "| recipe | epochs | images/s | k-NN untrained | k-NN trained | machine | file or command |",
+        "|---|--:|--:|--:|--:|---|---|",
+    ]
+    rows = []
+    for recipe in GPU:
+        name = f"gpu-{recipe.replace('/', '-')}"
+        result = read(name)
+        if result is None:
+            command = f"`python benchmarks/cifar10_gpu.py {recipe} --data CIFAR10 --minutes 8`"
+            rows.append(f"| `{recipe}` | {NOT_YET} | | | | | {command} |")
+            continue
+        columns = [
+            f"`{recipe}`",
+            f"{result['epochs']} of {result['epochs_of_recipe']}",
+            f"{result['images_per_second']:,.0f}",
+            f"{result['knn_untrained']:.1f}",
+            f"{result['knn_trained']:.1f}",
+            machine(result),
+            link(name),
+        ]
+        rows.append(f"| {' | '.join(columns)} |")
+    return [intro, "", *head, *rows]
+
+
+def block() -> str:
+    """All tables, with the markers around them."""
+    return "\n".join([BEGIN, "", *learning(), "", *overhead(), "", *gpu(), "", END])
+
+
+def rewritten(text: str) -> str:
+    """A README's text with the tables as the result files have them now."""
+    before, first, rest = text.partition(BEGIN)
+    _, second, after = rest.partition(END)
+    if not first or not second:
+        raise SystemExit(f"README.md lacks the markers {BEGIN} and {END}.")
+    return before + block() + after
+
+
+def main() -> None:
+    """Rewrite README.md, or check it."""
+    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words.add_argument("--check", action="store_true")
+    given = words.parse_args()
+    readme = ROOT / "README.md"
+    old = readme.read_text(encoding="utf-8")
+    new = rewritten(old)
+    if given.check:
+        sys.exit(0 if new == old else "README.md is not up to date: run python benchmarks/tables.py")
+    readme.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which device computes, and how many processes decode images for it."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from kinfold.errors import UserError
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`, or the best one for `auto`. Raises `UserError` for one that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device: {name!r} is none. Use auto, cpu, cuda, cuda:1 or mps.") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"device: {name} was asked for, but torch sees no CUDA device here. Use device=cpu.")
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        device = torch.device("cuda", device.index if device.index is not None else local)
+        torch.cuda.set_device(device)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device: mps was asked for, but there is none here. Use device=cpu.")
+    return device
+
+
+def choose_workers(asked: int | None) -> int:
+    """Worker processes for this rank: as asked, or the cores that this rank can count on, at most 16."""
+    if asked is not None:
+        return asked
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 16)

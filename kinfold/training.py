@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run in motion: the step, and what is saved of it.
+
+Schedules are functions of the step, everything random is a function of its address, and all state is in the learner and
+the optimiser. So those two and the number of the step are a checkpoint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from kinfold import __version__, checkpoint, distributed
+from kinfold.data.loader import Batch, Loader
+from kinfold.data.sources import Source
+from kinfold.encoders import Encoder, build_backbone, build_head, load_backbone_weights
+from kinfold.errors import UserError
+from kinfold.learner import Learner
+from kinfold.memory import Memo, build_memory
+from kinfold.optim import key_momentum, learning_rate
+from kinfold.randomness import STEP, WEIGHTS, seed_of
+from kinfold.recipe import Recipe, plain
+
+
+def build_learner(recipe: Recipe, *, images: int, weights: Path | None = None) -> Learner:
+    """Make the learner that a recipe describes, for a set of `images`; its first state is a function of the seed.
+
+    `weights` is a local file for the backbone. Leaves torch's global random state as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(WEIGHTS, recipe.seed))
+        backbone = build_backbone(recipe.backbone, recipe.images.channels)
+        if weights is not None:
+            load_backbone_weights(backbone, weights)
+        head = build_head(recipe.head, int(backbone.num_features))  # type: ignore[arg-type]
+        predictor = None if recipe.predictor is None else build_head(recipe.predictor, recipe.head.out)
+        return Learner(
+            method=recipe.method,
+            views=recipe.views,
+            encoder=Encoder(backbone, head, predictor),
+            memory=build_memory(recipe.memory, images=images, dimension=recipe.head.out),
+            batch_norm=recipe.batch_norm,
+            seed=recipe.seed,
+        )
+
+
+@dataclass(kw_only=True)
+class Training:
+    """A learner, its optimiser, its images, and how many steps they have taken together."""
+
+    recipe: Recipe
+    folder: Path
+    source: Source
+    loader: Loader
+    learner: Learner
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        self.half = self.recipe.precision == "bf16" and self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        self.wrapped: nn.Module = self.learner
+        if distributed.world() > 1:
+            # Buffers are equal on all ranks by construction: sending rank 0's would cost time and hide a fault.
+            self.wrapped = DistributedDataParallel(self.learner, broadcast_buffers=False)
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return self.loader.steps_per_epoch * self.recipe.epochs
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the next step."""
+        return learning_rate(
+            self.recipe.learning_rate,
+            step=self.step,
+            steps_per_epoch=self.loader.steps_per_epoch,
+            epochs=self.recipe.epochs,
+            batch_size=self.recipe.batch_size,
+        )
+
+    def take_step(self, batch: Batch, epoch: int) -> dict[str, Tensor]:
+        """Forward, backward, step, advance, on one batch in `recipe.accumulate` parts.
+
+        Returns the terms of the loss, scalars averaged over this rank's batch. Raises `UserError` where the loss is not
+        finite, before anything has changed.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate
+        # Whatever draws from torch's own generators (dropout, stochastic depth) does so as a function of the step.
+        torch.manual_seed(seed_of(STEP, self.recipe.seed, self.step, distributed.rank()))
+        self.optimizer.zero_grad(set_to_none=True)
+        total: dict[str, Tensor] = {}
+        memos: list[list[Memo]] = []
+        parts = split(batch, self.recipe.accumulate)
+        for number, part in enumerate(parts):
+            if isinstance(self.wrapped, DistributedDataParallel):
+                self.wrapped.require_backward_grad_sync = number == len(parts) - 1
+            share = len(part.index) / len(batch.index)
+            views = [view.contiguous(memory_format=torch.channels_last) for view in part.views]
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.half):
+                losses, memo = self.wrapped(views, part.index, epoch)
+            loss = share * torch.stack(list(losses.values())).sum()
+            if not torch.isfinite(loss):
+                raise UserError(self._not_finite(losses, part))
+            loss.backward()  # type: ignore[no-untyped-call]
+            memos.append(memo)
+            for name, value in losses.items():
+                total[name] = total.get(name, torch.zeros_like(value)) + share * value.detach()
+        self.optimizer.step()
+        self.learner.advance(memos, momentum=key_momentum(self.recipe.key_momentum, step=self.step, steps=self.steps))
+        self.step += 1
+        return total
+
+    def _not_finite(self, losses: dict[str, Tensor], part: Batch) -> str:
+        """The message for a loss that is no number."""
+        terms = ", ".join(f"{name} {float(value)}" for name, value in losses.items())
+        names = [self.source.name(int(i)) for i in part.index[:8]]
+        more = f" and {len(part.index) - 8} more" if len(part.index) > 8 else ""
+        found = sorted((self.folder / checkpoint.FOLDER).glob("*.pt"))
+        last = f"The last good checkpoint is {found[-1]}." if found else "There is no checkpoint yet."
+        return (
+            f"The loss is not finite at step {self.step}: {terms}. Images of this batch: {', '.join(names)}{more}. "
+            f"{last} Lower learning_rate.base, raise method.temperature, or set precision=fp32, and start a new run "
+            "folder."
+        )
+
+    def save(self) -> None:
+        """Write a checkpoint; the main process does, the others wait."""
+        if distributed.is_main():
+            state = {
+                "learner": self.learner.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "step": self.step,
+                "recipe": plain(self.recipe),
+                "data": self.source.fingerprint,
+                "images": len(self.source),
+                "unreadable": dict(self.loader.bad),
+                "kinfold": __version__,
+            }
+            checkpoint.save(self.folder, state, step=self.step)
+        distributed.wait_for_all()
+
+    def restore(self, found: checkpoint.Loaded) -> None:
+        """Go on from a checkpoint. Raises `UserError` where the images are not those that it was written with."""
+        if found.state["data"] != self.source.fingerprint:
+            raise UserError(
+                f"The images have changed since {found.path} was written: {found.state['images']} then, "
+                f"{len(self.source)} now, or other names. A run cannot go on with other images; choose another out=, "
+                "or bring the images back."
+            )
+        self.learner.load_state_dict(found.state["learner"])
+        self.optimizer.load_state_dict(found.state["optimizer"])
+        self.loader.bad.update(found.state["unreadable"])
+        self.step = int(found.state["step"])
+
+
+def split(batch: Batch, parts: int) -> list[Batch]:
+    """Cut a batch into at most `parts` consecutive ones."""
+    if parts == 1:
+        return [batch]
+    views = [view.chunk(parts) for view in batch.views]
+    return [Batch(list(images), index) for *images, index in zip(*views, batch.index.chunk(parts))]
