@@ -24,8 +24,9 @@ import torch
 from measured import write
 
 from kinfold.evaluate import FrozenBackbone, evaluate
-from kinfold.pretrain import Outcome, build_learner, pretrain
+from kinfold.pretrain import Outcome, pretrain
 from kinfold.recipe import Recipe, load
+from kinfold.training import build_learner
 
 PILOT_EPOCHS = 2
 RESERVE = 0.85

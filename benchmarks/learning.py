@@ -55,7 +55,7 @@ def main() -> None:
     words.add_argument("--limit", type=int, default=10_000)
     words.add_argument("--name", help="name of the result file")
     words.add_argument("settings", nargs="*", help="key=value")
-    words = words.parse_args()
+    words = words.parse_intermixed_args()
     recipe_file = ROOT / "benchmarks" / "recipes" / f"{words.method}.yaml"
     runs = []
     for seed in words.seeds:

@@ -28,9 +28,11 @@ import torch
 from measured import write
 from PIL import Image
 
+from kinfold.devices import choose_device
 from kinfold.optim import build_optimizer
-from kinfold.pretrain import build_learner, choose_device, pretrain
+from kinfold.pretrain import pretrain
 from kinfold.recipe import Recipe, load
+from kinfold.training import build_learner
 
 WARM_UP = 3
 """steps that are left out at the beginning of each measurement"""

@@ -35,15 +35,23 @@ _WHERE = {
 __all__ = ["__version__", *_WHERE]
 
 if TYPE_CHECKING:
-    from kinfold.embeddings import embed
-    from kinfold.encoders import Encoder
-    from kinfold.errors import UserError
-    from kinfold.export import rebuild_backbone
-    from kinfold.learner import Learner
-    from kinfold.memory import Bank, Queue
-    from kinfold.methods import CO2, SCE, InvP, MoCo, ReSSL
-    from kinfold.recipe import Recipe, Run, load
-    from kinfold.views import Augmentation, Views
+    from kinfold.embeddings import embed as embed
+    from kinfold.encoders import Encoder as Encoder
+    from kinfold.errors import UserError as UserError
+    from kinfold.export import rebuild_backbone as rebuild_backbone
+    from kinfold.learner import Learner as Learner
+    from kinfold.memory import Bank as Bank
+    from kinfold.memory import Queue as Queue
+    from kinfold.methods import CO2 as CO2
+    from kinfold.methods import SCE as SCE
+    from kinfold.methods import InvP as InvP
+    from kinfold.methods import MoCo as MoCo
+    from kinfold.methods import ReSSL as ReSSL
+    from kinfold.recipe import Recipe as Recipe
+    from kinfold.recipe import Run as Run
+    from kinfold.recipe import load as load
+    from kinfold.views import Augmentation as Augmentation
+    from kinfold.views import Views as Views
 
 
 def __getattr__(name: str) -> Any:

@@ -234,7 +234,8 @@ def recipes_show(
     settings: Annotated[Optional[list[str]], typer.Argument(help=SETTINGS_HELP)] = None,  # noqa: UP045
 ) -> None:
     """Print a recipe: the file, or with --complete or key=value every setting written out."""
-    from kinfold.recipe import find_recipe, load, to_yaml
+    from kinfold.reading import to_yaml
+    from kinfold.recipe import find_recipe, load
 
     if complete or settings:
         recipe, _ = load(name, settings or [], run={"data": "-", "out": "-"})

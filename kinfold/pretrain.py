@@ -22,7 +22,8 @@ from kinfold.interrupt import Interrupt
 from kinfold.log import Console, MetricsLog, Sink
 from kinfold.optim import build_optimizer
 from kinfold.probes import Probes
-from kinfold.recipe import Recipe, Run, to_yaml
+from kinfold.reading import to_yaml
+from kinfold.recipe import Recipe, Run
 from kinfold.run_folder import open_run_folder, write_encoder, write_summary
 from kinfold.training import Training, build_learner
 

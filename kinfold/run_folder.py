@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from kinfold.errors import UserError
-from kinfold.recipe import Recipe, Run, differences, parse, plain, read_yaml, to_yaml
+from kinfold.reading import differences, parse, plain, read_yaml, to_yaml
+from kinfold.recipe import Recipe, Run
 
 
 def write_text(path: Path, text: str) -> None:

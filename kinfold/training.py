@@ -23,7 +23,8 @@ from kinfold.learner import Learner
 from kinfold.memory import Memo, build_memory
 from kinfold.optim import key_momentum, learning_rate
 from kinfold.randomness import STEP, WEIGHTS, seed_of
-from kinfold.recipe import Recipe, plain
+from kinfold.reading import plain
+from kinfold.recipe import Recipe
 
 
 def build_learner(recipe: Recipe, *, images: int, weights: Path | None = None) -> Learner:

@@ -19,7 +19,8 @@ from kinfold.evaluate import evaluate
 from kinfold.evaluate.backbones import FrozenBackbone, hash_of, load_backbone
 from kinfold.evaluate.features import frozen
 from kinfold.export import export_backbone
-from kinfold.recipe import Recipe, load, to_yaml
+from kinfold.reading import to_yaml
+from kinfold.recipe import Recipe, load
 from kinfold.run_folder import write_encoder, write_text
 
 IMAGES = torch.linspace(-2, 2, 3 * 8 * 8).sin().view(3, 1, 8, 8)

@@ -238,6 +238,13 @@ def test_every_test_named_in_the_text_exists(page: Path) -> None:
         assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, f"{path}::{name}"
 
 
+def test_every_room_of_the_package_stands_in_the_design() -> None:
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    rooms = [p.name for p in (ROOT / "kinfold").iterdir() if not p.name.startswith("__")]
+    for room in rooms:
+        assert f"`kinfold/{room}{'' if room.endswith('.py') else '/'}`" in text, room
+
+
 def test_each_of_the_seven_promises_names_its_tests() -> None:
     text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8").partition("## Seven promises")[2]
     rows = re.findall(r"^\| ([1-7]) \|(.+)\|$", text, re.M)

@@ -189,7 +189,7 @@ def test_an_update_moves_a_key_halfway_and_makes_its_length_one() -> None:
 def test_new_neighbours_are_the_nearest_without_the_image_itself(seed: int, images: int, k: int) -> None:
     torch.manual_seed(seed)
     # Fewer nearest keys than neighbours are consulted: the neighbours must not suffer from that.
-    bank = Bank(images, 4, BankMemory(nearest=1, neighbours=k)).double()
+    bank = Bank(images, 4, BankMemory(nearest=2, neighbours=k)).double()
     index = torch.randperm(images)[:6]
     near_own = F.normalize(bank.points[index] + 0.5 * torch.randn(6, 4, dtype=torch.float64), dim=1)
     points = bank.points.numpy().copy()

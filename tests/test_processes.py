@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_resume import environment
+from test_resume import processes
 from tiny_recipes import tiny
-from torch import multiprocessing
 
 from kinfold import distributed
 from kinfold.checkpoint import load_latest
@@ -23,7 +22,8 @@ from kinfold.data.sources import open_source
 from kinfold.methods import METHODS
 from kinfold.optim import build_optimizer
 from kinfold.pretrain import numbers
-from kinfold.recipe import Recipe, parse, plain, to_yaml
+from kinfold.reading import parse, plain, to_yaml
+from kinfold.recipe import Recipe
 from kinfold.training import Training, build_learner
 
 STEPS = 4
@@ -79,10 +79,9 @@ def free_port() -> int:
 def both_ways(recipe: Recipe, tmp_path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Train as one process and as two; returns what the one has, and what each of the two has."""
     values = plain(recipe)
-    context = multiprocessing.get_context("spawn")
-    alone = context.Process(target=train, args=(0, 1, 0, values, str(tmp_path)))
+    alone = processes.Process(target=train, args=(0, 1, 0, values, str(tmp_path)))
     port = free_port()
-    pair = [context.Process(target=train, args=(rank, 2, port, values, str(tmp_path))) for rank in range(2)]
+    pair = [processes.Process(target=train, args=(rank, 2, port, values, str(tmp_path))) for rank in range(2)]
     for process in (alone, *pair):
         process.start()
     for process in (alone, *pair):
@@ -146,7 +145,10 @@ def test_torchrun_starts_two_processes_and_leaves_one_run_folder(tmp_path: Path)
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), *module]
     for name, start in (("one", module), ("two", torchrun)):
         done = subprocess.run(
-            [sys.executable, *start, "--out", str(tmp_path / name)], env=environment(), timeout=240, capture_output=True
+            [sys.executable, *start, "--out", str(tmp_path / name)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            timeout=240,
+            capture_output=True,
         )
         assert done.returncode == 0, done.stderr.decode()
     one, two = load_latest(tmp_path / "one"), load_latest(tmp_path / "two")

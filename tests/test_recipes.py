@@ -18,7 +18,8 @@ from kinfold.evaluate.knn import KNN
 from kinfold.evaluate.linear import Linear, Steps
 from kinfold.memory import BankMemory, QueueMemory
 from kinfold.optim import build_optimizer, key_momentum, learning_rate
-from kinfold.recipe import RECIPES, Recipe, load, parse, plain, read_yaml, recipe_names
+from kinfold.reading import parse, plain, read_yaml
+from kinfold.recipe import RECIPES, Recipe, load, recipe_names
 from kinfold.training import build_learner
 
 RUN = {"data": "digits", "out": "unused"}

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,50 +13,68 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_recipes import tiny
+from torch import multiprocessing
 
 from kinfold.checkpoint import load_latest
 from kinfold.methods import METHODS
-from kinfold.recipe import to_yaml
+from kinfold.pretrain import pretrain
+from kinfold.reading import to_yaml
+from kinfold.recipe import load
 
 IMAGES = 150  # four and a half steps of 32 an epoch
 
 
-def command(folder: Path, recipe: Path, workers: int) -> list[str]:
-    words = [
-        f"workers={workers}",
-        f"limit={IMAGES}",
-        "resident=false",
-        "checkpoint_steps=1",
-        "probe_every=0",
-        "log_every=1",
-    ]
-    head = [sys.executable, "-m", "kinfold", "pretrain", "digits", "-q", "--recipe", str(recipe), "--out", str(folder)]
-    return [*head, *words, "device=cpu"]
+# The imports are done once: every run is a process of its own, forked from a server that has them.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["kinfold.pretrain", "sklearn.datasets"])
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+def go(folder: str, recipe: str, workers: int) -> None:
+    """Run, or go on, as the command does; ends with 128 and the signal that stopped it."""
+    torch.set_num_threads(1)
+    os.setsid()  # so that its worker processes can be killed with it
+    multiprocessing.set_start_method("fork", force=True)  # workers start as they do under the command
+    asked, where = load(
+        recipe,
+        [
+            f"workers={workers}",
+            f"limit={IMAGES}",
+            "resident=false",
+            "checkpoint_steps=1",
+            "probe_every=0",
+            "log_every=1",
+        ],
+        run={"data": "digits", "out": folder, "device": "cpu"},
+    )
+    done = pretrain(asked, where, quiet=True)
+    if done.signal is not None:
+        sys.exit(128 + done.signal)
 
 
 def run(folder: Path, recipe: Path, workers: int) -> None:
-    subprocess.run(
-        command(folder, recipe, workers), check=True, env=environment(), timeout=240, stdout=subprocess.DEVNULL
-    )
+    process = processes.Process(target=go, args=(str(folder), str(recipe), workers))
+    process.start()
+    process.join(240)
+    assert process.exitcode == 0
 
 
 def kill_at(folder: Path, recipe: Path, workers: int, step: int, how: signal.Signals) -> int:
     """Start a run, send it `how` once the checkpoint of `step` is there, and return its exit code."""
-    process = subprocess.Popen(
-        command(folder, recipe, workers), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    process = processes.Process(target=go, args=(str(folder), str(recipe), workers))
+    process.start()
     deadline = time.monotonic() + 200
     while not any(int(p.stem[5:]) >= step for p in (folder / "checkpoints").glob("step-*.pt")):
-        assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
+        assert process.is_alive(), f"the run ended by itself with {process.exitcode}"
         assert time.monotonic() < deadline, "the run wrote no checkpoint in time"
         time.sleep(0.002)
-    process.send_signal(how)
-    process.communicate(timeout=60)
-    return process.returncode
+    assert process.pid is not None
+    if how == signal.SIGKILL:
+        os.killpg(process.pid, how)
+    else:
+        os.kill(process.pid, how)
+    process.join(60)
+    assert process.exitcode is not None
+    return process.exitcode
 
 
 def assert_equal_to_the_bit(first: object, second: object, where: str = "") -> None:

@@ -6,7 +6,8 @@ from __future__ import annotations
 from typing import Any
 
 from kinfold.methods import METHODS
-from kinfold.recipe import Recipe, parse
+from kinfold.reading import parse
+from kinfold.recipe import Recipe
 
 _METHOD: dict[str, dict[str, Any]] = {
     "moco": {"name": "moco", "temperature": 0.2},
@@ -19,7 +20,7 @@ assert _METHOD.keys() == METHODS.keys()
 
 
 def tiny(method: str, **changes: Any) -> Recipe:
-    """A recipe of `method` on 8x8 digits: a ResNet of 8 to 64 channels, 32 images a step; `changes` by top-level name."""
+    """A recipe of `method` on 8x8 digits: 8 to 64 channels, 32 images a step; `changes` by top-level name."""
     strong = {
         "size": 8,
         "scale": [0.4, 1.0],

@@ -25,7 +25,8 @@ from kinfold.evaluate.labelled import Labelled, tell
 from kinfold.evaluate.linear import Linear
 from kinfold.evaluate.linear import linear as by_linear
 from kinfold.evaluate.results import about_backbone, about_machine, about_source, versions, write_result
-from kinfold.recipe import RECIPES, assign, find_recipe, parse, plain, read_yaml
+from kinfold.reading import assign, parse, plain, read_yaml
+from kinfold.recipe import RECIPES, find_recipe
 
 __all__ = ["KNN", "PROTOCOLS", "FrozenBackbone", "Labelled", "Linear", "evaluate", "load_backbone", "load_protocol"]
 
