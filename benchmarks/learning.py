@@ -3,8 +3,8 @@
 
     python benchmarks/learning.py sce --seeds 0 1 2 --data ../shared/data/cifar10
 
-Trains on 10,000 images with `benchmarks/recipes/METHOD.yaml` and evaluates as the MoCo notebook does (weighted k-NN,
-k = 200, τ = 0.1), on backbone features of the same 10,000 against all 10,000 test images. Writes
+Trains on 10,000 images (`--limit`) with `benchmarks/recipes/METHOD.yaml` and evaluates as the MoCo notebook does (weighted k-NN,
+k = 200, τ = 0.1), but on backbone features of the same 10,000 against all 10,000 test images. Writes
 `benchmarks/results/learning-METHOD.json`.
 """
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,13 +21,14 @@ from measured import ROOT, write
 from kinfold.data.sources import open_source
 from kinfold.evaluate.features import extract
 from kinfold.evaluate.knn import knn_scores
+from kinfold.export import rebuild_backbone
 from kinfold.pretrain import build_learner, pretrain
-from kinfold.recipe import load
+from kinfold.recipe import find_recipe, load
 
-K, TEMPERATURE = 200, 0.1
+TEMPERATURE = 0.1
 
 
-def knn(backbone: torch.nn.Module, recipe: Any, bank: Any, asked: Any) -> float:
+def knn(backbone: torch.nn.Module, recipe: Any, bank: Any, asked: Any, k: int) -> float:
     """Top-1 of weighted k-NN in per cent."""
     features = []
     for source in (bank, asked):
@@ -43,7 +43,7 @@ def knn(backbone: torch.nn.Module, recipe: Any, bank: Any, asked: Any) -> float:
         )
         features.append((found, torch.from_numpy(source.labels[positions])))
     (keys, labels), (queries, truth) = features
-    scores = knn_scores(queries, keys, labels, k=K, temperature=TEMPERATURE, classes=len(labels.unique()))
+    scores = knn_scores(queries, keys, labels, k=k, temperature=TEMPERATURE, classes=len(labels.unique()))
     return 100.0 * float((scores.argmax(1) == truth).double().mean())
 
 
@@ -53,10 +53,12 @@ def main() -> None:
     words.add_argument("--data", required=True)
     words.add_argument("--seeds", type=int, nargs="+", default=[0])
     words.add_argument("--limit", type=int, default=10_000)
+    words.add_argument("--recipe", help="a recipe's name or file, if not that of the method in benchmarks/recipes")
+    words.add_argument("--k", type=int, default=200, help="neighbours of the k-NN")
     words.add_argument("--name", help="name of the result file")
     words.add_argument("settings", nargs="*", help="key=value")
     words = words.parse_intermixed_args()
-    recipe_file = ROOT / "benchmarks" / "recipes" / f"{words.method}.yaml"
+    recipe_file = find_recipe(words.recipe or str(ROOT / "benchmarks" / "recipes" / f"{words.method}.yaml"))
     runs = []
     for seed in words.seeds:
         with tempfile.TemporaryDirectory() as folder:
@@ -64,13 +66,11 @@ def main() -> None:
             recipe, run = load(str(recipe_file), [f"seed={seed}", "checkpoint_every=1000", *words.settings], run=wanted)
             bank = open_source(words.data, limit=words.limit)
             asked = open_source(words.data, split="test")
-            before = knn(build_learner(recipe, images=len(bank)).encoder.backbone, recipe, bank, asked)
+            before = knn(build_learner(recipe, images=len(bank)).encoder.backbone, recipe, bank, asked, words.k)
             began = time.monotonic()
             done = pretrain(recipe, run)
             seconds = time.monotonic() - began
-            from kinfold.export import rebuild_backbone
-
-            after = knn(rebuild_backbone(Path(done.folder) / "backbone.safetensors")[0], recipe, bank, asked)
+            after = knn(rebuild_backbone(done.folder / "backbone.safetensors")[0], recipe, bank, asked, words.k)
             runs.append(
                 {
                     "seed": seed,
@@ -87,10 +87,11 @@ def main() -> None:
         f"learning-{words.name or words.method}",
         {
             "question": "k-NN accuracy before and after pretraining on two cores",
+            "recipe_file": recipe_file.name,
             "recipe": recipe_file.read_text(encoding="utf-8"),
             "settings": words.settings,
             "data": bank.description,
-            "protocol": f"weighted k-NN on backbone features, k={K}, temperature={TEMPERATURE}, all test images",
+            "protocol": f"weighted k-NN on backbone features, k={words.k}, temperature={TEMPERATURE}, all test images",
             "runs": runs,
         },
     )
