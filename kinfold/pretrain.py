@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from kinfold import __version__, checkpoint, distributed, health
+from kinfold.console import Console
 from kinfold.data.loader import Batch, Loader
 from kinfold.data.sources import Source, open_source
 from kinfold.devices import choose_device, choose_workers
 from kinfold.export import export_backbone
 from kinfold.interrupt import Interrupt
-from kinfold.log import Console, MetricsLog, Sink
+from kinfold.log import MetricsLog, Sink
 from kinfold.optim import build_optimizer
 from kinfold.probes import Probes
 from kinfold.reading import to_yaml

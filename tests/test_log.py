@@ -22,8 +22,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kinfold.console import Console, _duration
 from kinfold.errors import UserError
-from kinfold.log import Console, MetricsLog, _duration, read_metrics
+from kinfold.log import MetricsLog, read_metrics
 
 
 def lines_of(folder: Path) -> list[str]:
