@@ -27,6 +27,7 @@ from torch import Tensor
 
 from kinfold import __version__
 from kinfold.data.sources import Source, open_source
+from kinfold.devices import choose_device, choose_workers
 from kinfold.errors import UserError
 from kinfold.evaluate.backbones import FrozenBackbone, Layer, hash_of, load_backbone
 from kinfold.evaluate.features import Positions, resize_for, stream
@@ -73,8 +74,6 @@ def embed(
 
     Raises `UserError` where something given cannot work, or the disk refuses; then `out` is as it was.
     """
-    from kinfold.devices import choose_device, choose_workers
-
     out = Path(out)
     _check_place(out)
     source = open_source(data, split=split, limit=limit) if isinstance(data, str) else data

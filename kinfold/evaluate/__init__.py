@@ -17,6 +17,7 @@ from typing import Any
 
 from kinfold.data.decode import Undecodable
 from kinfold.data.sources import Source, open_source
+from kinfold.devices import choose_device, choose_workers
 from kinfold.errors import UserError
 from kinfold.evaluate.backbones import FrozenBackbone, load_backbone
 from kinfold.evaluate.knn import KNN
@@ -84,8 +85,6 @@ def evaluate(
 
     Raises `UserError` for anything given that cannot work.
     """
-    from kinfold.devices import choose_device, choose_workers
-
     began = time.monotonic()
     notes: list[str] = []
 

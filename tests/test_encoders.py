@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backbones by name, stems, channels, weights from files, and what cannot be had."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from kinfold.encoders import (
+    Backbone,
+    Encoder,
+    Head,
+    SplitBatchNorm,
+    build_backbone,
+    build_head,
+    load_backbone_weights,
+    split_batch_norm,
+)
+from kinfold.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "side"),
+    [
+        ("resnet10_w8", "small", 8),
+        ("resnet10_w8", "small-stride2", 16),
+        ("resnet18_w16", "standard", 32),
+        ("resnet18", "small", 16),
+        ("vit_tiny_patch16_224", "standard", 48),
+        ("convnext_atto", "standard", 32),
+    ],
+)
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_a_backbone_turns_images_of_any_channels_into_its_features(
+    name: str, stem: str, side: int, channels: int
+) -> None:
+    backbone = build_backbone(Backbone(name=name, stem=stem), channels).eval()  # type: ignore[arg-type]
+    with torch.no_grad():
+        features = backbone(torch.randn(2, channels, side, side))
+    assert features.shape == (2, backbone.num_features)
+    assert torch.isfinite(features).all()
+
+
+def test_the_small_stem_keeps_the_resolution_and_has_no_pool() -> None:
+    backbone = build_backbone(Backbone(name="resnet18", stem="small"))
+    assert backbone.conv1.kernel_size == (3, 3)
+    assert backbone.conv1.stride == (1, 1)
+    assert isinstance(backbone.maxpool, nn.Identity)
+    assert build_backbone(Backbone(name="resnet18", stem="small-stride2")).conv1.stride == (2, 2)
+
+
+@pytest.mark.parametrize("name", ["resnet10_w8", "resnet18", "resnet50"])
+def test_no_block_starts_as_the_identity(name: str) -> None:
+    # timm zeroes the last batch norm of each block unless told otherwise; the papers' networks do not.
+    weights = [m.weight for m in build_backbone(Backbone(name=name)).modules() if isinstance(m, nn.BatchNorm2d)]
+    assert all((weight == 1).all() for weight in weights)
+
+
+def test_an_unknown_backbone_is_refused_with_near_names() -> None:
+    with pytest.raises(UserError, match=r"'resnet51'.*resnet50"):
+        build_backbone(Backbone(name="resnet51"))
+
+
+def test_a_small_stem_is_for_resnets() -> None:
+    with pytest.raises(UserError, match="stem"):
+        build_backbone(Backbone(name="vit_tiny_patch16_224", stem="small"))
+
+
+def test_batch_norm_that_cannot_be_split_is_refused_and_none_at_all_is_fine() -> None:
+    with pytest.raises(UserError, match="BatchNormAct2d"):
+        split_batch_norm(build_backbone(Backbone(name="efficientnet_b0")), 2)
+    plain = build_backbone(Backbone(name="vit_tiny_patch16_224"))
+    assert split_batch_norm(plain, 2) is plain
+    split = split_batch_norm(build_backbone(Backbone(name="resnet10_w8")), 2)
+    kinds = {type(m) for m in split.modules() if isinstance(m, nn.BatchNorm2d)}
+    assert kinds == {SplitBatchNorm}
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pth", "wrapped"])
+def test_weights_of_timm_load_from_a_local_file(form: str, tmp_path: Path) -> None:
+    source = timm.create_model("resnet18", pretrained=False)  # with its classifier, as published
+    path = tmp_path / ("weights.safetensors" if form == "safetensors" else "weights.pth")
+    if form == "safetensors":
+        save_file(source.state_dict(), path)
+    else:
+        torch.save({"state_dict": source.state_dict()} if form == "wrapped" else source.state_dict(), path)
+    backbone = build_backbone(Backbone(name="resnet18"))
+    load_backbone_weights(backbone, path)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = source.eval().forward_head(source.forward_features(images), pre_logits=True)
+        torch.testing.assert_close(backbone.eval()(images), expected)
+
+
+class _Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (Path.touch, (Path("run-by-the-pickle"),))  # type: ignore[return-value]
+
+
+def test_weights_that_would_run_code_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"conv1.weight": _Evil()}))
+    with pytest.raises(UserError, match="refused"):
+        load_backbone_weights(build_backbone(Backbone(name="resnet10_w8")), tmp_path / "evil.pth")
+    assert not (tmp_path / "run-by-the-pickle").exists()
+
+
+def test_weights_of_another_network_are_refused_with_the_keys(tmp_path: Path) -> None:
+    save_file(build_backbone(Backbone(name="resnet10_w8")).state_dict(), tmp_path / "w8.safetensors")
+    with pytest.raises(UserError, match="of another shape"):
+        load_backbone_weights(build_backbone(Backbone(name="resnet10_w16")), tmp_path / "w8.safetensors")
+    with pytest.raises(UserError, match=r"missing layer1\.1"):
+        load_backbone_weights(build_backbone(Backbone(name="resnet18_w8")), tmp_path / "w8.safetensors")
+    with pytest.raises(UserError, match="there is no file"):
+        load_backbone_weights(build_backbone(Backbone(name="resnet18_w8")), tmp_path / "none.safetensors")
+
+
+def test_an_encoder_ends_on_the_unit_sphere_in_full_precision() -> None:
+    backbone = build_backbone(Backbone(name="resnet10_w8", stem="small"))
+    encoder = Encoder(backbone, build_head(Head(hidden=(32,), out=16), 64), build_head(Head(out=16), 16))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        q = encoder(torch.randn(4, 3, 8, 8))
+    assert q.dtype == torch.float32
+    torch.testing.assert_close(q.norm(dim=1), torch.ones(4))
+
+
+def test_heads_are_built_as_asked() -> None:
+    head = build_head(Head(hidden=(8, 6), out=4, batch_norm=True, last="batch-norm"), 10)
+    assert [type(layer).__name__ for layer in head] == [
+        *("Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d")
+    ]
+    assert all(layer.bias is None for layer in head if isinstance(layer, nn.Linear))
+    assert head[-1].affine is False
+    xavier = build_head(Head(hidden=(50,), out=4, init="xavier"), 10)
+    assert float(xavier[0].bias.abs().max()) == 0.0
+    assert float(xavier[0].weight.abs().max()) <= (6 / 60) ** 0.5
