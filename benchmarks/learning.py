@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does it learn? k-NN accuracy on CIFAR-10 before and after a pretraining that fits two cores and ten minutes.
 
-    python benchmarks/learning.py sce --seeds 0 1 2 --data ../shared/data/cifar10
+    python benchmarks/learning.py sce --seeds 0 1 2 --data CIFAR10
 
-Trains on 10,000 images (`--limit`) with `benchmarks/recipes/METHOD.yaml` and evaluates as the MoCo notebook does (weighted k-NN,
-k = 200, τ = 0.1), but on backbone features of the same 10,000 against all 10,000 test images. Writes
+Trains on 10,000 images (`--limit`) with `benchmarks/recipes/METHOD.yaml` and evaluates as the MoCo notebook does
+(weighted k-NN, k = 200, τ = 0.1), but on backbone features of the same 10,000 against all 10,000 test images. Writes
 `benchmarks/results/learning-METHOD.json`.
 """
 

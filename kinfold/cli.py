@@ -6,6 +6,8 @@ Nothing heavy is imported before a command runs, so that `kinfold --help` answer
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -13,6 +15,9 @@ from typing import Annotated, Any, Optional
 import typer
 
 from kinfold.errors import UserError
+
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+"""what the system says where a disk is full or a place is closed: a person can mend it"""
 
 app = typer.Typer(
     name="kinfold",
@@ -50,7 +55,7 @@ def _options(
         typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
     ] = None,
 ) -> None:
-    """Hold the options that stand before every command; `main` reads --traceback itself."""
+    """Hold the options of every command; `main` reads --traceback itself, wherever it stands."""
 
 
 @app.command()
@@ -90,9 +95,10 @@ def pretrain(
 
 def default_folder(recipe: str, data: str) -> Path:
     """The run folder where none is named: runs/RECIPE-DATA."""
-    stem = Path(recipe).with_suffix("").as_posix() if Path(recipe).is_file() else recipe
+    # os.path: Path's own questions raise for a name that is too long.
+    stem = Path(recipe).with_suffix("").as_posix() if os.path.isfile(recipe) else recipe
     last = [part for part in stem.replace("\\", "/").split("/") if part not in ("", ".", "..")][-2:]
-    name = Path(data.rstrip("/")).resolve().name if Path(data).exists() else data.split(":")[-1].replace("/", "-")
+    name = Path(data.rstrip("/")).resolve().name if os.path.exists(data) else data.split(":")[-1].replace("/", "-")
     return Path("runs") / "-".join([*last, name.split(".")[0] or "data"])
 
 
@@ -234,14 +240,14 @@ def recipes_show(
     settings: Annotated[Optional[list[str]], typer.Argument(help=SETTINGS_HELP)] = None,  # noqa: UP045
 ) -> None:
     """Print a recipe: the file, or with --complete or key=value every setting written out."""
-    from kinfold.reading import to_yaml
+    from kinfold.reading import read_text, to_yaml
     from kinfold.recipe import find_recipe, load
 
     if complete or settings:
         recipe, _ = load(name, settings or [], run={"data": "-", "out": "-"})
         typer.echo(to_yaml(recipe), nl=False)
     else:
-        typer.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
+        typer.echo(read_text(find_recipe(name)), nl=False)
 
 
 @recipes_app.command("schema")
@@ -268,14 +274,21 @@ def demo(
 
 def main() -> None:
     """Run the command; a person's mistake becomes one message and exit code 2."""
-    arguments = sys.argv[1:]
+    arguments = [word for word in sys.argv[1:] if word != "--traceback"]  # it may stand anywhere
+    wanted = len(arguments) < len(sys.argv) - 1
     try:
-        app()
+        app(args=arguments)
     except UserError as error:
-        if "--traceback" in arguments:
+        if wanted:
             raise
         typer.secho("error: ", fg="red", err=True, nl=False)
         typer.echo(str(error), err=True)
+        sys.exit(2)
+    except OSError as error:
+        if wanted or error.errno not in REFUSALS:
+            raise
+        typer.secho("error: ", fg="red", err=True, nl=False)
+        typer.echo(f"{error.filename or 'a file'}: {error.strerror}. Make room, or give another place.", err=True)
         sys.exit(2)
 
 

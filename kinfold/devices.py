@@ -18,11 +18,16 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"device: {name!r} is none. Use auto, cpu, cuda, cuda:1 or mps.") from None
+    if device.type not in ("cpu", "cuda", "mps"):  # torch has names for many that nothing here is made for
+        raise UserError(f"device: {name!r} is not supported. Use auto, cpu, cuda, cuda:1 or mps.")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(f"device: {name} was asked for, but torch sees no CUDA device here. Use device=cpu.")
         local = int(os.environ.get("LOCAL_RANK", "0"))
         device = torch.device("cuda", device.index if device.index is not None else local)
+        count = torch.cuda.device_count()
+        if device.index >= count:
+            raise UserError(f"device: there is no {device}, only {count} CUDA device(s), counted from cuda:0.")
         torch.cuda.set_device(device)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device: mps was asked for, but there is none here. Use device=cpu.")

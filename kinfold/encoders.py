@@ -235,10 +235,13 @@ def load_backbone_weights(backbone: nn.Module, path: Path) -> None:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"weights: {path} could not be read as tensors ({str(error).splitlines()[0]}). Give a .safetensors file "
+            f"weights: {path} could not be read as tensors ({reason}). Give a .safetensors file "
             "or a checkpoint that holds only tensors; files that would run code are refused."
         ) from error
+    if not isinstance(state, dict):
+        raise UserError(f"weights: {path} holds no tensors by name, but a {type(state).__name__}. Give a state dict.")
     for wrapper in ("state_dict", "model", "backbone"):
         if isinstance(state.get(wrapper), dict):
             state = state[wrapper]

@@ -99,7 +99,10 @@ class MetricsLog:
             raise UserError(_cannot_write(self.path, error)) from error
 
     def close(self) -> None:
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as error:  # what could not be written is tried once more
+            raise UserError(_cannot_write(self.path, error)) from error
         for sink in self._sinks:
             sink.close()
 

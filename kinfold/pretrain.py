@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kinfold import __version__, checkpoint, distributed, health
 from kinfold.console import Console
 from kinfold.data.loader import Batch, Loader
 from kinfold.data.sources import Source, open_source
 from kinfold.devices import choose_device, choose_workers
+from kinfold.errors import UserError
 from kinfold.export import export_backbone
 from kinfold.interrupt import Interrupt
 from kinfold.log import MetricsLog, Sink
@@ -25,7 +26,7 @@ from kinfold.optim import build_optimizer
 from kinfold.probes import Probes
 from kinfold.reading import to_yaml
 from kinfold.recipe import Recipe, Run
-from kinfold.run_folder import open_run_folder, write_encoder, write_summary
+from kinfold.run_folder import claim_run_folder, open_run_folder, write_encoder, write_summary
 from kinfold.training import Training, build_learner
 
 SHOWN = ("knn", "rankme", "alpha_req", "spread", "uniformity", "alignment", "target_entropy", "queue_age")
@@ -70,8 +71,11 @@ def pretrain(recipe: Recipe, run: Run, *, quiet: bool = False) -> Outcome:
         for broken in found.skipped:
             console.warn(f"{broken}; the checkpoint before it is used")
         console.say(f"resuming from {found.path} at step {training.step}")
-    log = open_log(training.folder, run, training.step) if distributed.is_main() else None
     probes = Probes(recipe, run, training.source, training.device)
+    log: MetricsLog | None = None
+    if distributed.is_main():
+        claim_run_folder(training.folder, recipe, run)
+        log = open_log(training.folder, run, training.step)
     if run.compile:
         training.learner.encoder.compile()
         if training.learner.key_encoder is not None:
@@ -129,7 +133,7 @@ def begin(recipe: Recipe, run: Run) -> Training:
     """Join the other processes, open folder and images, and make everything that trains, in its first state."""
     device = choose_device(run.device)
     distributed.start(device.type)
-    folder = open_run_folder(recipe, run, writes=distributed.is_main())
+    folder = open_run_folder(recipe, run)
     source = open_source(run.data, split=run.split, limit=run.limit)
     loader = Loader(
         source,
@@ -148,6 +152,12 @@ def begin(recipe: Recipe, run: Run) -> Training:
         accumulate=recipe.accumulate,
     )
     learner = build_learner(recipe, images=len(source), weights=Path(run.weights) if run.weights else None)
+    part = recipe.batch_size // (distributed.world() * recipe.accumulate)
+    if part < 2 and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in learner.modules()):
+        raise UserError(
+            f"batch_size: {recipe.batch_size} gives {part} image to each of {distributed.world()} process(es) times "
+            f"{recipe.accumulate} accumulated part(s), but batch norm needs at least 2. Raise batch_size."
+        )
     learner.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = build_optimizer(recipe.optimizer, learner.encoder)
     return Training(
@@ -163,7 +173,7 @@ def begin(recipe: Recipe, run: Run) -> Training:
 
 def numbers(losses: dict[str, Tensor]) -> dict[str, float]:
     """Terms of the loss and their sum as numbers, averaged over the ranks."""
-    stacked = torch.stack(list(losses.values())).double()
+    stacked = torch.stack(list(losses.values()))
     distributed.average_([stacked])
     terms = {f"loss/{name}": value for name, value in zip(losses, stacked.tolist())}
     return {"loss": sum(terms.values()), **terms}

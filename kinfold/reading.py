@@ -10,7 +10,9 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections.abc import Hashable
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
@@ -42,7 +44,9 @@ def _unique_mapping(reader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any
     """Read a mapping and refuse a key that stands twice, which YAML would silently overwrite."""
     seen: set[Any] = set()
     for key_node, _ in node.value:
-        key = reader.construct_object(key_node)
+        key = reader.construct_object(key_node, deep=True)
+        if not isinstance(key, Hashable):
+            raise UserError(f"line {key_node.start_mark.line + 1}: a key is a word, but this one is {key!r}.")
         if key in seen:
             raise UserError(f"line {key_node.start_mark.line + 1}: the key {key!r} stands twice; remove one.")
         seen.add(key)
@@ -50,6 +54,20 @@ def _unique_mapping(reader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any
 
 
 _Reader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
+# Settings are words, numbers, lists and mappings: a date, a set or bytes asked for by a tag are refused as unknown.
+_KNOWN = {None, *(f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map"))}
+_Reader.yaml_constructors = {tag: make for tag, make in _Reader.yaml_constructors.items() if tag in _KNOWN}
+
+
+def read_text(path: Path) -> str:
+    """Read a text file of a person. Raises `UserError` where it cannot be read or is no UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}. Give a YAML file.") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path} is no text in UTF-8 (line {line}). Give a YAML file, saved as UTF-8.") from None
 
 
 def read_yaml(text: str, *, source: str) -> Any:
@@ -60,6 +78,8 @@ def read_yaml(text: str, *, source: str) -> Any:
         raise UserError(f"{source}: {error}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets a thousand deep
+        raise UserError(f"{source} holds a value that is no setting: {error}") from None
 
 
 def assign(values: dict[str, Any], key: str, value: Any) -> None:
@@ -71,7 +91,7 @@ def assign(values: dict[str, Any], key: str, value: Any) -> None:
         following: list[Any] = []
         for place in places:
             if isinstance(place, list):
-                if part != "*" and not (part.isdigit() and int(part) < len(place)):
+                if part != "*" and not (part.isdecimal() and int(part) < len(place)):
                     raise UserError(f"{key}: {part!r} is no entry; give a number from 0 to {len(place) - 1}, or *.")
                 chosen: list[Any] = list(range(len(place))) if part == "*" else [int(part)]
             elif isinstance(place, dict):
@@ -108,6 +128,13 @@ def _explain(kind: type, fault: Any) -> str:
     if fault["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{path}: missing; give it a value."
     message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        names = sorted(str(option.name) for option in _dataclasses_in(_hints(owner).get(fault["loc"][-1])))
+        tag = fault["ctx"].get("tag")
+        given = "the name is missing" if tag is None else f"{tag!r} is none"
+        return f"{path}.name: {given}; there are {', '.join(names)}"
+    if fault["type"] == "json_invalid":  # the only way there: a name with bytes that are no text
+        return "a value holds bytes that are no UTF-8 text, as names from old systems do; rename the folder or file"
     if fault["type"] == "value_error":
         return f"{path}: {message}" if path else message
     return f"{path}: {message[0].lower() + message[1:]}, but got {json.dumps(fault['input'], default=str)}"

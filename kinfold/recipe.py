@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -23,7 +24,7 @@ from kinfold.errors import UserError
 from kinfold.memory import BankMemory, MemorySettings
 from kinfold.methods import InvP, MethodSettings
 from kinfold.optim import KeyMomentum, OptimizerSettings, RateSettings
-from kinfold.reading import assign, parse, plain, read_yaml
+from kinfold.reading import assign, parse, plain, read_text, read_yaml
 from kinfold.settings import settings
 from kinfold.views import Views
 
@@ -169,7 +170,7 @@ def recipe_names() -> list[str]:
 def find_recipe(name: str, *, folder: Path = RECIPES) -> Path:
     """Find a recipe by its name or as a file. Raises `UserError` with the nearest names if there is none."""
     for path in (folder / f"{name}.yaml", Path(name)):
-        if path.is_file():
+        if os.path.isfile(path):  # Path.is_file raises for a name that is too long
             return path
     names = sorted(p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.yaml"))
     ends = [n for n in names if name in n]
@@ -186,9 +187,10 @@ def load(
     Words whose first name is a setting of `Run` change the run. Raises `UserError` with the path of what is wrong.
     """
     path = find_recipe(recipe)
-    values = read_yaml(path.read_text(encoding="utf-8"), source=str(recipe))
+    values = read_yaml(read_text(path), source=str(recipe))
     if not isinstance(values, dict):
-        raise UserError(f"{recipe}: a recipe is a mapping of settings, but this file holds {type(values).__name__}.")
+        found = {"NoneType": "nothing", "list": "a list"}.get(type(values).__name__, "a single value")
+        raise UserError(f"{recipe}: a recipe is a mapping of settings (name: value), but this file holds {found}.")
     run_values: dict[str, Any] = dict(run or {})
     run_names = {f.name for f in fields(Run)}  # type: ignore[arg-type]
     recipe_settings = {f.name for f in fields(Recipe)}  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from kinfold.errors import UserError
-from kinfold.reading import differences, parse, plain, read_yaml, to_yaml
+from kinfold.reading import differences, parse, plain, read_text, read_yaml, to_yaml
 from kinfold.recipe import Recipe, Run
 
 
@@ -40,17 +40,21 @@ def write_text(path: Path, text: str) -> None:
         ) from None
 
 
-def open_run_folder(recipe: Recipe, run: Run, *, writes: bool = True) -> Path:
-    """Make or reopen the folder `run.out` for `recipe`; with `writes` false only look (ranks other than the first).
+WRITTEN = ("run.yaml", "metrics.jsonl", "summary.json", "backbone.safetensors", "backbone.md", "encoder.safetensors")
+"""what a run writes beside recipe.yaml and checkpoints"""
 
-    Raises `UserError` where it belongs to another recipe, is a file, or cannot be written.
+
+def open_run_folder(recipe: Recipe, run: Run) -> Path:
+    """Look whether the folder `run.out` can be that of `recipe`, and change nothing; returns it.
+
+    Raises `UserError` where it belongs to another recipe or to no run, is a file, or cannot be written.
     """
     folder = Path(run.out)
     stored = folder / "recipe.yaml"
     if folder.exists() and not folder.is_dir():
         raise UserError(f"out: {folder} is a file. Choose a folder that does not exist yet, or that of an earlier run.")
     if stored.exists():
-        apart = differences(plain(recipe), read_yaml(stored.read_text(encoding="utf-8"), source=str(stored)))
+        apart = differences(plain(recipe), read_yaml(read_text(stored), source=str(stored)))
         if apart:
             raise UserError(
                 f"out: {folder} belongs to a run with another recipe. They differ (asked for here, stored there):\n  "
@@ -61,15 +65,30 @@ def open_run_folder(recipe: Recipe, run: Run, *, writes: bool = True) -> Path:
         raise UserError(
             f"out: {folder} has checkpoints but no recipe.yaml, so it is unclear whose. Choose another out=."
         )
-    if writes:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"out: {folder} could not be made: {error.strerror}. Choose another out=.") from None
-        if not stored.exists():
-            write_text(stored, to_yaml(recipe))
-        write_text(folder / "run.yaml", to_yaml(run))
+    elif mine := [name for name in WRITTEN if (folder / name).exists()]:
+        raise UserError(
+            f"out: {folder} holds {', '.join(mine)}, which a run would write over, but no recipe.yaml, so no run has "
+            "made it. Choose another out=."
+        )
+    above = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"out: {folder} cannot be written: {above} takes no files. Choose another out=.")
     return folder
+
+
+def claim_run_folder(folder: Path, recipe: Recipe, run: Run) -> None:
+    """Make the folder and write `recipe.yaml` and `run.yaml` into it: from now on it is that of this run.
+
+    Done when everything else that was given has been found good, so that a mistake leaves no folder behind that would
+    refuse its own correction. Raises `UserError` where it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out: {folder} could not be made: {error.strerror}. Choose another out=.") from None
+    if not (folder / "recipe.yaml").exists():
+        write_text(folder / "recipe.yaml", to_yaml(recipe))
+    write_text(folder / "run.yaml", to_yaml(run))
 
 
 def read_recipe(folder: Path) -> Recipe:
@@ -79,7 +98,7 @@ def read_recipe(folder: Path) -> Recipe:
         raise UserError(
             f"{folder} is no run folder: it has no recipe.yaml. Give the folder that `kinfold pretrain` wrote."
         )
-    return parse(Recipe, read_yaml(stored.read_text(encoding="utf-8"), source=str(stored)), source=str(stored))
+    return parse(Recipe, read_yaml(read_text(stored), source=str(stored)), source=str(stored))
 
 
 def write_encoder(folder: Path, encoder: nn.Module) -> Path:

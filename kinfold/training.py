@@ -162,8 +162,9 @@ class Training:
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:
-    """Cut a batch into at most `parts` consecutive ones."""
+    """Cut a batch into at most `parts` consecutive ones of nearly the same size, none of a single image."""
+    parts = max(1, min(parts, len(batch.index) // 2))  # batch norm has no use for one image
     if parts == 1:
         return [batch]
-    views = [view.chunk(parts) for view in batch.views]
-    return [Batch(list(images), index) for *images, index in zip(*views, batch.index.chunk(parts))]
+    views = [view.tensor_split(parts) for view in batch.views]
+    return [Batch(list(images), index) for *images, index in zip(*views, batch.index.tensor_split(parts))]

@@ -54,7 +54,7 @@ class Loader:
 
     `batch_size` is that of all `world` processes together; process `rank` gets every `world`-th image of it.
     With `drop_last=False` the last, smaller batch of an epoch comes too, less the images that cannot be
-    divided evenly over the processes. `accumulate` says in how many equal parts the caller will split each
+    divided evenly over the processes, unless it would give them one image each: batch norm has no use for that. `accumulate` says in how many equal parts the caller will split each
     batch; the batches are whole. `resident` None lets the data decide. `progress(done, total)` is called
     while a resident set is decoded.
 
@@ -100,9 +100,12 @@ class Loader:
                 f"accumulated part(s). Take a multiple of {world * accumulate}."
             )
         if drop_last and count < batch_size:
+            advice = "Add images: two make the smallest batch."
+            if count > 1:
+                advice = f"Lower batch_size to {count} or less, for example batch_size={1 << (count.bit_length() - 1)}."
             raise UserError(
-                f"batch_size is {batch_size}, but there are only {count} images in {source.description}. "
-                f"Lower batch_size to {count} or less."
+                f"batch_size is {batch_size}, but there {'is' if count == 1 else 'are'} only {count} "
+                f"image{'' if count == 1 else 's'} in {source.description}. {advice}"
             )
         self._source, self._views = source, views
         self._channels, self._mean, self._std = channels, tuple(mean), tuple(std)
@@ -111,8 +114,11 @@ class Loader:
         self._device = torch.device(device)
         self._rank, self._world = rank, world
         rest = 0 if drop_last else (count % batch_size) // world * world
+        rest = 0 if rest == world < batch_size else rest
         self._used = count // batch_size * batch_size + rest
         self.steps_per_epoch = math.ceil(self._used / batch_size)
+        if self.steps_per_epoch == 0:
+            raise UserError(f"{source.description}: too few for a batch over {world} process(es). Add images.")
         self.bad = {}
         self.waiting = 0.0
         self._pixels = self._decode_all(resident, progress)

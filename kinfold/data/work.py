@@ -8,6 +8,7 @@ data: it returns what happened, and `run` raises it where a person sees it witho
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Generic, NamedTuple, Protocol, TypeVar
@@ -269,7 +270,7 @@ def run(work: Work[S], tasks: Sequence[Task], *, workers: int, prefetch: int = 2
         prefetch_factor=prefetch,
         pin_memory=pin,
         collate_fn=_as_it_is,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_quiet_worker,
         # Torch's loader draws a seed for its workers: from here, so that the caller's generator stays untouched.
         generator=torch.Generator(),
     )
@@ -295,5 +296,7 @@ def _as_it_is(result: S) -> S:
     return result
 
 
-def _one_thread(_worker: int) -> None:
+def _quiet_worker(_worker: int) -> None:
+    """One thread; and Ctrl-C, which a terminal sends to all processes, is the main one's to answer."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -26,7 +26,7 @@ from kinfold.evaluate.labelled import Labelled, tell
 from kinfold.evaluate.linear import Linear
 from kinfold.evaluate.linear import linear as by_linear
 from kinfold.evaluate.results import about_backbone, about_machine, about_source, versions, write_result
-from kinfold.reading import assign, parse, plain, read_yaml
+from kinfold.reading import assign, parse, plain, read_text, read_yaml
 from kinfold.recipe import RECIPES, find_recipe
 
 __all__ = ["KNN", "PROTOCOLS", "FrozenBackbone", "Labelled", "Linear", "evaluate", "load_backbone", "load_protocol"]
@@ -46,7 +46,7 @@ def load_protocol(protocol: str, recipe: str = "default", overrides: Sequence[st
         raise UserError(f"There is no protocol {protocol!r}. There are: {', '.join(PROTOCOLS)}.")
     path = find_recipe(recipe, folder=RECIPES / "evaluate" / protocol)
     source = f"evaluate/{protocol}/{recipe}"
-    values = read_yaml(path.read_text(encoding="utf-8"), source=source)
+    values = read_yaml(read_text(path), source=source)
     if not isinstance(values, dict):
         raise UserError(f"{source}: a recipe is a mapping of settings, but this file holds {type(values).__name__}.")
     for word in overrides:
