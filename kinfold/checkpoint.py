@@ -91,9 +91,9 @@ def load_latest(folder: Path) -> Loaded | None:
     Broken files are passed over and named in `skipped`, for the caller to tell. Raises `UserError` when there
     are checkpoints and none can be read, or when the newest was written by a newer Kinfold.
     """
-    standing = _standing(folder / FOLDER)
+    files = standing(folder)
     skipped: list[str] = []
-    for path in standing:
+    for path in files:
         try:
             _check(path)
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -109,13 +109,18 @@ def load_latest(folder: Path) -> Loaded | None:
                 f"Update Kinfold, or resume with the version that wrote the run."
             )
         return Loaded(content["state"], path, content["step"], skipped)
-    if not standing:
+    if not files:
         return None
     raise UserError(
         f"No checkpoint in {folder / FOLDER} can be read:\n  "
         + "\n  ".join(skipped)
         + "\nRestore one from a copy, or start again in another folder."
     )
+
+
+def standing(folder: Path) -> list[Path]:
+    """The checkpoint files of the run folder `folder`, the newest step first, whole or not."""
+    return _standing(folder / FOLDER)
 
 
 class _Hashing(io.RawIOBase):

@@ -255,11 +255,9 @@ def recipes_schema() -> None:
     """Print the JSON schema of recipes, for completion and checks in an editor."""
     import json
 
-    from pydantic import TypeAdapter
+    from kinfold.recipe import json_schema
 
-    from kinfold.recipe import Recipe
-
-    typer.echo(json.dumps(TypeAdapter(Recipe).json_schema(), indent=2))
+    typer.echo(json.dumps(json_schema(), indent=2))
 
 
 @app.command()

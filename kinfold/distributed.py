@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from datetime import timedelta
 
 import torch
 from torch import Tensor
@@ -19,7 +20,9 @@ from torch import distributed as dist
 def start(device: str) -> None:
     """Join the other processes where torchrun started several; nccl on CUDA devices, gloo elsewhere."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        # The first rank decodes and probes while the others wait: the usual ten minutes are too short for large sets.
+        kind = "nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(kind, timeout=timedelta(hours=2))
 
 
 def stop() -> None:
@@ -94,10 +97,19 @@ def join(part: dict[int, str]) -> dict[int, str]:
     return {key: value for each in parts for key, value in each.items()}
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on any rank, told to all of them."""
+def largest(number: int, device: torch.device) -> int:
+    """The largest of the ranks' numbers, told to all of them."""
     if world() == 1:
-        return flag
-    value = torch.tensor([float(flag)], device=device)
+        return number
+    value = torch.tensor([number], device=device)
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())
+    return int(value.item())
+
+
+def all_alike(facts: dict[str, object]) -> list[str]:
+    """Names of the facts that are not the same on every rank."""
+    if world() == 1:
+        return []
+    everyone: list[dict[str, object]] = [{} for _ in range(world())]
+    dist.all_gather_object(everyone, facts)
+    return [name for name in facts if any(theirs[name] != facts[name] for theirs in everyone)]

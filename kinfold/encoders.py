@@ -9,6 +9,7 @@ device, shuffled batches over several, or synchronised statistics.
 from __future__ import annotations
 
 import difflib
+import pickle
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -151,13 +152,21 @@ def _replace_batch_norm(module: nn.Module, splits: int) -> None:
             _replace_batch_norm(child, splits)
 
 
+def feature_width(backbone: nn.Module) -> int:
+    """F, the number of features that a backbone gives.
+
+    timm's `num_features` is that of its last map; some architectures widen it afterwards and say so elsewhere.
+    """
+    return int(getattr(backbone, "head_hidden_size", None) or backbone.num_features)  # type: ignore[arg-type]
+
+
 _SLIM = re.compile(r"resnet(10|18)_w(\d+)")
 
 
 def build_backbone(how: Backbone, channels: int = 3) -> nn.Module:
     """Make the backbone `how` for images of `channels` channels: `[B, C, H, W]` to features `[B, F]`.
 
-    F is its `num_features`. ResNets start as their papers have them: timm's zero-initialised last batch norm of each
+    F is its `feature_width`. ResNets start as their papers have them: timm's zero-initialised last batch norm of each
     block is switched off. Raises `UserError` for an unknown name or a stem that the architecture does not have.
     """
     slim = _SLIM.fullmatch(how.name)
@@ -236,6 +245,8 @@ def load_backbone_weights(backbone: nn.Module, path: Path) -> None:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, pickle.UnpicklingError):  # torch's message goes on to recommend the danger
+            reason = "it is no checkpoint, or holds objects besides tensors"
         raise UserError(
             f"weights: {path} could not be read as tensors ({reason}). Give a .safetensors file "
             "or a checkpoint that holds only tensors; files that would run code are refused."

@@ -27,13 +27,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kinfold.encoders import Backbone, build_backbone
+from kinfold.encoders import Backbone, build_backbone, feature_width
 from kinfold.errors import UserError
 
 FORMAT = 1
 
 Card = Mapping[str, object]
 _WRITTEN = ("features", "names", "kinfold_format", "kinfold_version", "torch_version")
+_TITLE = ", learned without labels"
 _NEEDED = ("name", "stem", "channels", "mean", "std")
 
 
@@ -59,6 +60,12 @@ def export_backbone(
         raise ValueError(f"card: {', '.join(lacking)} missing; a reader needs {', '.join(_NEEDED)}.")
     if path.suffix != ".safetensors":
         raise UserError(f"A backbone is written as .safetensors; {path} ends otherwise. Change the name of the file.")
+    card_file = path.with_suffix(".md")
+    if card_file.exists() and not _is_card(card_file):
+        raise UserError(
+            f"The card would be written over {card_file}, which is no card of a backbone. Give another name than "
+            f"{path.name}."
+        )
     if names != "kinfold":
         _try_elsewhere(encoder_backbone, card, names)
     # Copies: safetensors refuses tensors that share memory or are not contiguous.
@@ -188,13 +195,22 @@ def _metadata(backbone: nn.Module, card: Card, names: str) -> dict[str, str]:
         ours = "unknown"
     about: dict[str, object] = {
         **card,
-        "features": backbone.num_features,
+        "features": feature_width(backbone),
         "names": names,
         "kinfold_format": FORMAT,
         "kinfold_version": ours,
         "torch_version": torch.__version__,
     }
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in about.items()}
+
+
+def _is_card(path: Path) -> bool:
+    """Whether a file is a card that was written here, by its title."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return file.readline().rstrip().endswith(_TITLE)
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def _put(path: Path, write: Callable[[Path], object]) -> None:
@@ -214,7 +230,7 @@ def _card_text(path: Path, about: Mapping[str, str], parameters: int) -> str:
     name, stem, channels, names = about["name"], about["stem"], about["channels"], about["names"]
     size = f", {about['size']} pixels a side in training" if "size" in about else ""
     lines = [
-        f"# {name}, learned without labels",
+        f"# {name}{_TITLE}",
         "",
         f"A {name} backbone ({stem} stem, {parameters / 1e6:,.1f} M parameters) that turns an image into "
         f"{about['features']} features. It was trained by Kinfold {about['kinfold_version']} and has no classifier.",

@@ -56,14 +56,13 @@ class Learner(nn.Module):
             split_batch_norm(key_encoder.backbone, _splits_here(batch_norm.key_splits))
             key_encoder.requires_grad_(False)
         split_batch_norm(encoder.backbone, _splits_here(batch_norm.query_splits))
-        if batch_norm.synchronise and distributed.world() > 1 and torch.cuda.is_available():
-            encoder = nn.SyncBatchNorm.convert_sync_batchnorm(encoder)  # type: ignore[no-untyped-call]
-            if key_encoder is not None:
-                key_encoder = nn.SyncBatchNorm.convert_sync_batchnorm(key_encoder)  # type: ignore[no-untyped-call]
         self.encoder = encoder
         self.key_encoder = key_encoder
         self.memory = memory
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        # The number of the step again, where reading it does not make a device wait.
+        self._step = 0
+        self.register_load_state_dict_post_hook(_read_step)  # type: ignore[no-untyped-call]
 
     def forward(self, views: list[Tensor], index: Tensor, epoch: int) -> tuple[dict[str, Tensor], list[Memo]]:
         """Compare the views `[B, C, H, W]` of the images `index` `[B]` as the pairs say.
@@ -93,7 +92,7 @@ class Learner(nn.Module):
         if not self.shuffle_keys:
             return distributed.gather(self.key_encoder(images))
         everything = distributed.gather(images)  # [B · ranks, C, H, W]
-        order = permutation(SHUFFLE, self.seed, int(self.step), view, n=len(everything))
+        order = permutation(SHUFFLE, self.seed, self._step, view, n=len(everything))
         shuffled = torch.from_numpy(order).to(images.device)  # [B · ranks]
         # Without channels-last the copy above loses the memory format that the convolutions are fastest in.
         mine = everything[distributed.local_part(shuffled)].to(memory_format=_format_of(images))
@@ -113,6 +112,24 @@ class Learner(nn.Module):
         if distributed.world() > 1:
             distributed.average_(b for n, b in self.named_buffers() if n.endswith(("running_mean", "running_var")))
         self.step += 1
+        self._step += 1
+
+    def synchronise_batch_norm(self) -> None:
+        """Let batch norm see the batch of all processes (SyncBN). Does nothing in one process.
+
+        Call it when the learner is on its device and before an optimiser is made. Raises `UserError` on devices other
+        than CUDA, which torch's SyncBatchNorm does not work on.
+        """
+        if distributed.world() == 1:
+            return
+        if self.step.device.type != "cuda":
+            raise UserError(
+                "batch_norm.synchronise: torch synchronises batch norm on CUDA devices only. Start one process, or set "
+                "batch_norm.synchronise=false and query_splits and key_splits to the number of processes."
+            )
+        self.encoder = nn.SyncBatchNorm.convert_sync_batchnorm(self.encoder)  # type: ignore[no-untyped-call]
+        if self.key_encoder is not None:
+            self.key_encoder = nn.SyncBatchNorm.convert_sync_batchnorm(self.key_encoder)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def follow(self, momentum: float) -> None:
@@ -122,6 +139,10 @@ class Learner(nn.Module):
         query = dict(self.encoder.named_parameters())
         key = dict(self.key_encoder.named_parameters())
         torch._foreach_lerp_(list(key.values()), [query[name] for name in key], 1.0 - momentum)
+
+
+def _read_step(learner: Learner, _: object) -> None:
+    learner._step = int(learner.step)
 
 
 def _splits_here(splits: int) -> int:

@@ -111,18 +111,16 @@ def pretrain(recipe: Recipe, run: Run, *, quiet: bool = False) -> Outcome:
                     if log is not None:
                         extra = {"rate": rate, "images_per_second": speed, "waiting": waiting}
                         log.write(step, epoch, **terms, **extra, unreadable=len(loader.bad))
-                # Several processes have to stop at the same step, so they ask each other, but not at every step.
-                stopping = interrupt.signal is not None
-                if distributed.world() > 1:
-                    stopping = shown and distributed.any_rank(stopping, training.device)
+                # Several processes have to stop at the same step, whichever of them was asked to.
+                signal = distributed.largest(interrupt.signal or 0, training.device)
                 due = step % loader.steps_per_epoch == 0 and (epoch + 1) % run.checkpoint_every == 0
                 due = due or (run.checkpoint_steps is not None and step % run.checkpoint_steps == 0)
-                if due or stopping or last:
+                if due or signal or last:
                     if log is not None:
                         log.sync()
                     training.save()
-                if stopping and not last:
-                    return finish(training, log, began, measures, interrupt.signal)
+                if signal and not last:
+                    return finish(training, log, began, measures, signal)
             if run.probe_every and ((epoch + 1) % run.probe_every == 0 or epoch + 1 == recipe.epochs):
                 probe(epoch + 1)
                 meter.read()

@@ -39,12 +39,22 @@ class Probes:
         self.bank = some_of(source, run.probe_limit, recipe.seed)
         self.asked: Source | None = None
         if run.probe_data is not None:
-            self.asked = some_of(open_source(run.probe_data, split="test"), run.probe_limit, recipe.seed)
+            try:
+                asked = open_source(run.probe_data, split="test")
+            except UserError:
+                asked = open_source(run.probe_data)  # a set without splits is all test
+            self.asked = some_of(asked, run.probe_limit, recipe.seed)
             if self.asked.labels is None or self.bank.labels is None:
                 raise UserError(
                     "probe_data: the k-NN probe compares labels, but "
                     + ("probe_data" if self.asked.labels is None else "data")
                     + " has none. Leave probe_data out, or use class folders or a label column."
+                )
+            if self.asked.classes != self.bank.classes and self.asked.classes and self.bank.classes:
+                raise UserError(
+                    "probe_data: its classes are not those of data, so their labels cannot be compared: "
+                    f"{', '.join(self.asked.classes[:5])} there, {', '.join(self.bank.classes[:5])} here. Name the "
+                    "class folders alike in both."
                 )
         elif self.bank.labels is not None:
             try:
@@ -108,12 +118,15 @@ class Probes:
             assert self.asked.labels is not None
             asking, found = self._features(learner, self.asked)
             truth = torch.from_numpy(np.asarray(self.asked.labels)[found])
+        neighbours = min(NEIGHBOURS, len(features) - (self.asked is None))
+        if neighbours == 0:  # a single readable image has no other to ask
+            return {}
         known = int(max(labels.max(), truth.max())) + 1
         scores = knn_scores(
             asking,
             features,
             labels,
-            k=min(NEIGHBOURS, len(features) - 1),
+            k=neighbours,
             temperature=TEMPERATURE,
             classes=known,
             exclude_self=self.asked is None,

@@ -17,7 +17,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter
 
 from kinfold.encoders import Backbone, BatchNorm, Head
 from kinfold.errors import UserError
@@ -26,7 +26,7 @@ from kinfold.methods import InvP, MethodSettings
 from kinfold.optim import KeyMomentum, OptimizerSettings, RateSettings
 from kinfold.reading import assign, parse, plain, read_text, read_yaml
 from kinfold.settings import settings
-from kinfold.views import Views
+from kinfold.views import PRESETS, Views
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -108,6 +108,8 @@ class Recipe:
                 "memory.name: with batch the other images of the batch are all there is to compare with: it needs "
                 "batch_size of at least 2 in each of the accumulated parts, and drop_last: true"
             )
+        if self.batch_norm.synchronise and max(self.batch_norm.query_splits, self.batch_norm.key_splits) > 1:
+            raise ValueError("batch_norm.synchronise: statistics over the whole batch and splits exclude each other")
         for name in ("query_splits", "key_splits"):
             splits, part = getattr(self.batch_norm, name), self.batch_size // self.accumulate
             if splits > 1 and part < 2 * splits:
@@ -209,6 +211,16 @@ def load(
             hint = f" Did you mean {near[0]}?" if near else ""
             raise UserError(f"{key}: there is no such setting.{hint} `kinfold recipes show NAME` shows them.")
     return parse(Recipe, values, source=str(recipe)), parse(Run, run_values, source="run")
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of recipe files, presets of views (`like: moco-v2`) included."""
+    schema = TypeAdapter(Recipe).json_schema()
+    schema["$defs"]["Augmentation"]["properties"]["like"] = {
+        "enum": list(PRESETS),
+        "description": "a preset, under the settings that stand beside it",
+    }
+    return schema
 
 
 def digest(recipe: Recipe) -> str:

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kinfold import __version__, checkpoint, distributed
 from kinfold.data.loader import Batch, Loader
 from kinfold.data.sources import Source
-from kinfold.encoders import Encoder, build_backbone, build_head, load_backbone_weights
+from kinfold.encoders import Encoder, build_backbone, build_head, feature_width, load_backbone_weights
 from kinfold.errors import UserError
 from kinfold.learner import Learner
 from kinfold.memory import Memo, build_memory
@@ -37,7 +37,8 @@ def build_learner(recipe: Recipe, *, images: int, weights: Path | None = None) -
         backbone = build_backbone(recipe.backbone, recipe.images.channels)
         if weights is not None:
             load_backbone_weights(backbone, weights)
-        head = build_head(recipe.head, int(backbone.num_features))  # type: ignore[arg-type]
+        head = build_head(recipe.head, feature_width(backbone))
+        _fit_patches(backbone, recipe)
         predictor = None if recipe.predictor is None else build_head(recipe.predictor, recipe.head.out)
         return Learner(
             method=recipe.method,
@@ -47,6 +48,19 @@ def build_learner(recipe: Recipe, *, images: int, weights: Path | None = None) -
             batch_norm=recipe.batch_norm,
             seed=recipe.seed,
         )
+
+
+def _fit_patches(backbone: nn.Module, recipe: Recipe) -> None:
+    """Raise `UserError` where a view cannot be cut into the patches of a vision transformer."""
+    patch = getattr(getattr(backbone, "patch_embed", None), "patch_size", None)
+    side = patch[0] if isinstance(patch, tuple) else patch
+    for number, view in enumerate(recipe.views.augment):
+        if isinstance(side, int) and view.size % side:
+            below = max(view.size // side, 1) * side
+            raise UserError(
+                f"views.augment.{number}.size: {recipe.backbone.name} cuts images into patches of {side} pixels, which "
+                f"do not fill {view.size}. Take a multiple of {side}, for example {below}."
+            )
 
 
 @dataclass(kw_only=True)
@@ -120,11 +134,12 @@ class Training:
 
     def _not_finite(self, losses: dict[str, Tensor], part: Batch) -> str:
         """The message for a loss that is no number."""
-        terms = ", ".join(f"{name} {float(value)}" for name, value in losses.items())
+        terms = ", ".join(f"{name} {float(value.detach())}" for name, value in losses.items())
         names = [self.source.name(int(i)) for i in part.index[:8]]
         more = f" and {len(part.index) - 8} more" if len(part.index) > 8 else ""
-        found = sorted((self.folder / checkpoint.FOLDER).glob("*.pt"))
-        last = f"The last good checkpoint is {found[-1]}." if found else "There is no checkpoint yet."
+        # One of this very step holds the weights that gave this loss, so it is not a good one.
+        found = [p for p in checkpoint.standing(self.folder) if p.stem != f"step-{self.step:08d}"]
+        last = f"The last good checkpoint is {found[0]}." if found else "There is no checkpoint from before."
         return (
             f"The loss is not finite at step {self.step}: {terms}. Images of this batch: {', '.join(names)}{more}. "
             f"{last} Lower learning_rate.base, raise method.temperature, or set precision=fp32, and start a new run "
@@ -132,7 +147,16 @@ class Training:
         )
 
     def save(self) -> None:
-        """Write a checkpoint; the main process does, the others wait."""
+        """Write a checkpoint; the main process does, the others wait.
+
+        Raises `UserError` where weights are not finite: nobody could go on from them.
+        """
+        for name, weight in self.learner.encoder.named_parameters():
+            if not torch.isfinite(weight).all():
+                raise UserError(
+                    f"After step {self.step} the weights {name} are not finite, so no checkpoint is written. Lower "
+                    "learning_rate.base, or set precision=fp32, and start a new run folder."
+                )
         if distributed.is_main():
             state = {
                 "learner": self.learner.state_dict(),
@@ -162,8 +186,9 @@ class Training:
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:
-    """Cut a batch into at most `parts` consecutive ones of nearly the same size, none of a single image."""
-    parts = max(1, min(parts, len(batch.index) // 2))  # batch norm has no use for one image
+    """Cut a batch into at most `parts` consecutive ones of nearly the same size."""
+    if len(batch.index) % parts:  # the last batch of an epoch
+        parts = max(1, min(parts, len(batch.index) // 2))  # batch norm has no use for one image
     if parts == 1:
         return [batch]
     views = [view.tensor_split(parts) for view in batch.views]

@@ -258,7 +258,8 @@ def open_folder(listing: Listing, split: str = "train") -> FolderSource:
     description = f"{count:,} {noun} in {listing.root}"
     if is_split:
         description += f", split {'all' if len(chosen) > 1 else chosen[0]}"
-    notes = [f"{len(classes):,} classes" if classes else f"no labels, {len(holding):,} folders"]
+    folders = f"{len(holding):,} folder{'' if len(holding) == 1 else 's'}"
+    notes = [f"{len(classes):,} classes" if classes else f"no labels, {folders}"]
     if listing.ignored:
         notes.append(f"{sum(listing.ignored.values()):,} other files ignored")
     return FolderSource(

@@ -58,8 +58,8 @@ class Names:
 
 
 class Index(NamedTuple):
-    """What an index file holds. `file` is None where it lives in memory only; `token` tells two writings
-    apart."""
+    """What an index file holds. `file` is None where it lives in memory only; `token` tells what
+    was written apart."""
 
     meta: dict[str, Any]
     arrays: dict[str, npt.NDArray[Any]]
@@ -98,7 +98,11 @@ def save(path: Path, meta: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]) 
         places[name] = (array.dtype.str, list(array.shape), end)
         checksum = zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data, checksum)
         end += array.nbytes
-    token = os.urandom(16).hex()
+    # By content: the same listing written twice, by two commands or two ranks, is the same to who holds the first.
+    said = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
+    for array in arrays.values():
+        said.update(np.ascontiguousarray(array).view(np.uint8).data)
+    token = said.hexdigest()[:32]
     header = json.dumps({"meta": meta, "arrays": places, "checksum": checksum, "token": token, "bytes": end})
     encoded = header.encode()
     start = 16 + len(encoded)

@@ -54,9 +54,10 @@ class Loader:
 
     `batch_size` is that of all `world` processes together; process `rank` gets every `world`-th image of it.
     With `drop_last=False` the last, smaller batch of an epoch comes too, less the images that cannot be
-    divided evenly over the processes, unless it would give them one image each: batch norm has no use for that. `accumulate` says in how many equal parts the caller will split each
-    batch; the batches are whole. `resident` None lets the data decide. `progress(done, total)` is called
-    while a resident set is decoded.
+    divided evenly over the processes, unless it would give them one image each: batch norm has no use for
+    that. `accumulate` says in how many equal parts the caller will split each batch; the batches are
+    whole. `resident` None lets the data decide. `progress(done, total)` is called while a resident set is
+    decoded.
 
     Raises: `UserError` where the source holds fewer images than a batch, where the batch does not divide over
     processes and parts, where `resident=True` and the images differ in size; and, once batches are made,

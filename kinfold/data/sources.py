@@ -230,7 +230,8 @@ def _imageless(path: str, listing: Listing) -> str:
     kinds = sorted(listing.ignored.items(), key=lambda item: (-item[1], item[0]))
     shown = ", ".join(f"{f'.{kind}' if kind else 'no ending'} ({count:,})" for kind, count in kinds[:6])
     more = ", ..." if len(kinds) > 6 else ""
-    return f"{path} holds no image; found {sum(listing.ignored.values()):,} files: {shown}{more}. {expected}"
+    count = sum(listing.ignored.values())
+    return f"{path} holds no image; found {count:,} file{'' if count == 1 else 's'}: {shown}{more}. {expected}"
 
 
 def _missing(path: str) -> str:

@@ -105,8 +105,8 @@ def no_readable_image(source: Source, bad: dict[int, str]) -> str:
     """Say that nothing decodes, with the first reasons."""
     first = "; ".join(f"{source.name(position)}: {reason}" for position, reason in list(bad.items())[:3])
     return (
-        f"No readable image: {len(bad)} of the {len(source)} images in {source.description} were tried and do not "
-        f"decode. The first: {first}. Check the files, or name another folder."
+        f"No readable image: {len(bad)} of the {len(source)} were tried and none decodes, in {source.description}. "
+        f"The first: {first}. Check the files, or name another folder."
     )
 
 

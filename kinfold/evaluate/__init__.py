@@ -25,7 +25,7 @@ from kinfold.evaluate.knn import knn as by_knn
 from kinfold.evaluate.labelled import Labelled, tell
 from kinfold.evaluate.linear import Linear
 from kinfold.evaluate.linear import linear as by_linear
-from kinfold.evaluate.results import about_backbone, about_machine, about_source, versions, write_result
+from kinfold.evaluate.results import about_backbone, about_machine, about_source, check_place, versions, write_result
 from kinfold.reading import assign, parse, plain, read_text, read_yaml
 from kinfold.recipe import RECIPES, find_recipe
 
@@ -85,6 +85,8 @@ def evaluate(
 
     Raises `UserError` for anything given that cannot work.
     """
+    if out is not None:
+        check_place(out)
     began = time.monotonic()
     notes: list[str] = []
 

@@ -14,7 +14,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from kinfold.encoders import Backbone, Encoder, build_backbone, build_head
+from kinfold.encoders import Backbone, Encoder, build_backbone, build_head, feature_width
 from kinfold.errors import UserError
 from kinfold.export import read_backbone, rebuild_backbone
 from kinfold.run_folder import read_recipe
@@ -116,7 +116,7 @@ def _from_run(folder: Path) -> FrozenBackbone:
     encoder = folder / "encoder.safetensors"
     if encoder.is_file():
         whole = _tensors(encoder)
-        head = build_head(recipe.head, int(module.num_features))  # type: ignore[arg-type]
+        head = build_head(recipe.head, feature_width(module))
         _fill(head, {k.removeprefix("head."): v for k, v in whole.items() if k.startswith("head.")}, encoder)
     return FrozenBackbone(
         module=module,

@@ -21,6 +21,7 @@ import torch
 
 from kinfold import __version__
 from kinfold.data.sources import Source
+from kinfold.encoders import feature_width
 from kinfold.errors import UserError
 from kinfold.evaluate.backbones import FrozenBackbone, hash_of
 
@@ -33,7 +34,7 @@ def about_backbone(backbone: FrozenBackbone) -> dict[str, Any]:
         "description": backbone.description,
         "weights_sha256": hash_of(backbone.module),
         "head_sha256": hash_of(backbone.head),
-        "features": getattr(backbone.module, "num_features", None),
+        "features": feature_width(backbone.module),
         "size": backbone.size,
         "resize": backbone.resize,
         "channels": backbone.channels,
@@ -80,6 +81,23 @@ def file_name(result: dict[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:8]
     recipe = Path(str(result["recipe"])).stem or "settings"
     return f"{result['protocol']}-{recipe}-{digest}.json"
+
+
+def check_place(out: Path) -> None:
+    """Refuse, before hours are spent, a place that is taken. Raises `UserError` for a file that is no result."""
+    if out.suffix != ".json":
+        if out.exists() and not out.is_dir():
+            raise UserError(f"out: {out} is a file. Give a folder, or a name that ends in .json.")
+        return
+    if out.is_dir():
+        raise UserError(f"out: {out} is a folder with the name of a file. Give another.")
+    if out.exists():
+        try:
+            mine = json.loads(out.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            mine = None
+        if not isinstance(mine, dict) or not {"protocol", "values"} <= mine.keys():
+            raise UserError(f"out: {out} is there already and is no result of an evaluation. Give another name.")
 
 
 def write_result(result: dict[str, Any], out: Path) -> Path:
