@@ -24,6 +24,10 @@ def choose_device(name: str) -> torch.device:
         if not torch.cuda.is_available():
             raise UserError(f"device: {name} was asked for, but torch sees no CUDA device here. Use device=cpu.")
         local = int(os.environ.get("LOCAL_RANK", "0"))
+        if device.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+            raise UserError(
+                f"device: {name} would put all processes on one device. Use device=cuda: each takes its own."
+            )
         device = torch.device("cuda", device.index if device.index is not None else local)
         count = torch.cuda.device_count()
         if device.index >= count:

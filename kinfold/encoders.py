@@ -101,7 +101,10 @@ class SplitBatchNorm(nn.BatchNorm2d):
                 with torch.no_grad():
                     mean.copy_(means.view(splits, c).mean(0))
                     var.copy_(variances.view(splits, c).mean(0))
-            return y.reshape(n, c, h, w)
+            last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+            return y.reshape(n, c, h, w).contiguous(
+                memory_format=torch.channels_last if last else torch.contiguous_format
+            )
         y = torch.empty_like(x)
         found = []
         for s in range(splits):

@@ -7,6 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,14 +20,15 @@ from kinfold.data.loader import Batch, Loader
 from kinfold.data.sources import Source, open_source
 from kinfold.devices import choose_device, choose_workers
 from kinfold.errors import UserError
+from kinfold.evaluate.features import bar
 from kinfold.export import export_backbone
 from kinfold.interrupt import Interrupt
-from kinfold.log import MetricsLog, Sink
+from kinfold.log import MetricsLog, Sink, read_metrics
 from kinfold.optim import build_optimizer
 from kinfold.probes import Probes
 from kinfold.reading import to_yaml
 from kinfold.recipe import Recipe, Run
-from kinfold.run_folder import claim_run_folder, open_run_folder, write_encoder, write_summary
+from kinfold.run_folder import claim_run_folder, held, open_run_folder, write_encoder, write_summary
 from kinfold.training import Training, build_learner
 
 SHOWN = ("knn", "rankme", "alpha_req", "spread", "uniformity", "alignment", "target_entropy", "queue_age")
@@ -58,10 +60,22 @@ def pretrain(recipe: Recipe, run: Run, *, quiet: bool = False) -> Outcome:
     checkpoint.
     """
     began = time.monotonic()
-    training = begin(recipe, run)
+    training = begin(recipe, run, quiet=quiet)
+    main = distributed.is_main()
     found = checkpoint.load_latest(training.folder)
     if found is not None:
         training.restore(found)
+    apart = distributed.all_alike(
+        {"the step to go on from": training.step, "the images": training.source.fingerprint, "the recipe": recipe}
+    )
+    if apart:
+        raise UserError(
+            f"The processes do not agree on {' and '.join(apart)}. data= and out= must be places that all machines see "
+            "alike."
+        )
+    probes = Probes(recipe, run, training.source, training.device, workers=training.loader.workers)
+    if main:
+        claim_run_folder(training.folder, recipe, run)
     console = Console(training.steps, training.step, quiet=quiet)
     console.say(
         f"{training.source.description}; {training.steps} steps of {recipe.batch_size} images on {training.device}, "
@@ -71,84 +85,103 @@ def pretrain(recipe: Recipe, run: Run, *, quiet: bool = False) -> Outcome:
         for broken in found.skipped:
             console.warn(f"{broken}; the checkpoint before it is used")
         console.say(f"resuming from {found.path} at step {training.step}")
-    probes = Probes(recipe, run, training.source, training.device)
-    log: MetricsLog | None = None
-    if distributed.is_main():
-        claim_run_folder(training.folder, recipe, run)
-        log = open_log(training.folder, run, training.step)
     if run.compile:
         training.learner.encoder.compile()
         if training.learner.key_encoder is not None:
             training.learner.key_encoder.compile()
+    with (
+        held(training.folder) if main else nullcontext(),
+        open_log(training.folder, run, training.step) if main else nullcontext() as log,
+        console,
+        Interrupt() as interrupt,
+    ):
+        measures, signal = loop(training, run, probes, log, console, interrupt)
+    return finish(training, began, measures, signal)
 
+
+def loop(
+    training: Training, run: Run, probes: Probes, log: MetricsLog | None, console: Console, interrupt: Interrupt
+) -> tuple[dict[str, float], int | None]:
+    """Train to the last epoch or to a signal; returns the last probe, and the signal if one stopped it."""
+    loader, recipe = training.loader, training.recipe
+    per_epoch = loader.steps_per_epoch
     measures: dict[str, float] = {}
     batch: Batch | None = None
-    loader, meter, told = training.loader, Meter(), 0
+    meter, told = Meter(), 0
 
-    def probe(epochs: int) -> None:
-        """Look at the encoder after so many epochs; the main process does, the others wait."""
+    def probe_if_due(epochs: int) -> None:
+        """After so many epochs, look at the encoder where the run asks for it; the main process does, others wait."""
+        if not run.probe_every or (epochs % run.probe_every and epochs != recipe.epochs):
+            return
         if log is not None:
-            measures.update(probes.measure(training.learner, batch, epochs))
-            log.write(training.step, epochs, **{f"probe/{name}": value for name, value in measures.items()})
-            told = [f"{name} {measures[name]:.4g}" for name in SHOWN if name in measures]
-            console.say(f"after {epochs} epochs: {', '.join(told)}")
+            seen = probed(log.path.parent, training.step)
+            measures.update(seen or probes.measure(training.learner, batch, epochs))
+            if not seen:
+                log.write(training.step, epochs, **{f"probe/{name}": value for name, value in measures.items()})
+            shown = [f"{name} {measures[name]:.4g}" for name in SHOWN if name in measures]
+            console.say(f"after {epochs} epochs: {', '.join(shown)}")
             for sentence in health.read(measures) if epochs else ():
                 console.say(f"  {sentence}")
         distributed.wait_for_all()
+        meter.read()
 
-    with console, Interrupt() as interrupt:
-        if run.probe_every and training.step in (0, training.steps):
-            probe(training.step // loader.steps_per_epoch)
-        for epoch in range(training.step // loader.steps_per_epoch, recipe.epochs):
-            for batch in meter.over(loader.epoch(epoch, training.step % loader.steps_per_epoch)):
-                rate, losses = training.rate, training.take_step(batch, epoch)
-                step, last = training.step, training.step == training.steps
-                told = name_unreadable(loader, training.source, console, told)
-                shown = step % run.log_every == 0 or last
-                if shown:
-                    terms, (speed, waiting) = numbers(losses), meter.read()
-                    console.update(step, epoch, speed, terms, waiting)
-                    if log is not None:
-                        extra = {"rate": rate, "images_per_second": speed, "waiting": waiting}
-                        log.write(step, epoch, **terms, **extra, unreadable=len(loader.bad))
-                # Several processes have to stop at the same step, whichever of them was asked to.
-                signal = distributed.largest(interrupt.signal or 0, training.device)
-                due = step % loader.steps_per_epoch == 0 and (epoch + 1) % run.checkpoint_every == 0
-                due = due or (run.checkpoint_steps is not None and step % run.checkpoint_steps == 0)
-                if due or signal or last:
-                    if log is not None:
-                        log.sync()
-                    training.save()
-                if signal and not last:
-                    return finish(training, log, began, measures, signal)
-            if run.probe_every and ((epoch + 1) % run.probe_every == 0 or epoch + 1 == recipe.epochs):
-                probe(epoch + 1)
-                meter.read()
-    return finish(training, log, began, measures, None)
+    if training.step % per_epoch == 0:  # before the first epoch, or where a run was stopped before it could look
+        probe_if_due(training.step // per_epoch)
+    for epoch in range(training.step // per_epoch, recipe.epochs):
+        for batch in meter.over(loader.epoch(epoch, training.step % per_epoch)):
+            rate, losses = training.rate, training.take_step(batch, epoch)
+            step, last = training.step, training.step == training.steps
+            told = name_unreadable(loader, training.source, console, told)
+            if step % run.log_every == 0 or last:
+                terms, (speed, waiting) = numbers(losses), meter.read()
+                console.update(step, epoch, speed, terms, waiting)
+                if log is not None:
+                    extra = {"rate": rate, "images_per_second": speed, "waiting": waiting}
+                    log.write(step, epoch, **terms, **extra, unreadable=len(loader.bad))
+            # Several processes have to stop at the same step, whichever of them was asked to.
+            signal = distributed.largest(interrupt.signal or 0, training.device)
+            due = step % per_epoch == 0 and (epoch + 1) % run.checkpoint_every == 0
+            due = due or (run.checkpoint_steps is not None and step % run.checkpoint_steps == 0)
+            if due or signal or last:
+                if log is not None:
+                    log.sync()
+                training.save()
+            if signal and not last:
+                return measures, signal
+        probe_if_due(epoch + 1)
+    return measures, None
 
 
-def begin(recipe: Recipe, run: Run) -> Training:
+def probed(folder: Path, step: int) -> dict[str, float]:
+    """What a probe at `step` has written to the log before; empty if there was none."""
+    lines = [line for line in read_metrics(folder) if line["step"] == step]
+    return {k.removeprefix("probe/"): v for line in lines for k, v in line.items() if k.startswith("probe/")}
+
+
+def begin(recipe: Recipe, run: Run, *, quiet: bool) -> Training:
     """Join the other processes, open folder and images, and make everything that trains, in its first state."""
     device = choose_device(run.device)
     distributed.start(device.type)
     folder = open_run_folder(recipe, run)
     source = open_source(run.data, split=run.split, limit=run.limit)
-    loader = Loader(
-        source,
-        recipe.views,
-        channels=recipe.images.channels,
-        mean=recipe.images.mean,
-        std=recipe.images.std,
-        batch_size=recipe.batch_size,
-        seed=recipe.seed,
-        workers=choose_workers(run.workers),
-        device=device,
-        rank=distributed.rank(),
-        world=distributed.world(),
-        resident=run.resident,
-        drop_last=recipe.drop_last,
-        accumulate=recipe.accumulate,
-    )
+    with bar(None if quiet or not distributed.is_main() else "reading the images", len(source)) as advance:
+        loader = Loader(
+            source,
+            recipe.views,
+            channels=recipe.images.channels,
+            mean=recipe.images.mean,
+            std=recipe.images.std,
+            batch_size=recipe.batch_size,
+            seed=recipe.seed,
+            workers=choose_workers(run.workers),
+            device=device,
+            rank=distributed.rank(),
+            world=distributed.world(),
+            resident=run.resident,
+            drop_last=recipe.drop_last,
+            accumulate=recipe.accumulate,
+            progress=advance,
+        )
     learner = build_learner(recipe, images=len(source), weights=Path(run.weights) if run.weights else None)
     part = recipe.batch_size // (distributed.world() * recipe.accumulate)
     if part < 2 and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in learner.modules()):
@@ -157,6 +190,8 @@ def begin(recipe: Recipe, run: Run) -> Training:
             f"{recipe.accumulate} accumulated part(s), but batch norm needs at least 2. Raise batch_size."
         )
     learner.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if recipe.batch_norm.synchronise:
+        learner.synchronise_batch_norm()
     optimizer = build_optimizer(recipe.optimizer, learner.encoder)
     return Training(
         recipe=recipe,
@@ -179,6 +214,8 @@ def numbers(losses: dict[str, Tensor]) -> dict[str, float]:
 
 def name_unreadable(loader: Loader, source: Source, console: Console, told: int, *, most: int = 10) -> int:
     """Warn of the images that turned out unreadable, the first `most` by name; returns how many were told of."""
+    if len(loader.bad) == told or told > most:
+        return told
     for position, reason in list(loader.bad.items())[told:most]:
         console.warn(f"{source.name(position)} could not be read ({reason}); another image takes its place")
     if told <= most < len(loader.bad):
@@ -214,9 +251,7 @@ class Meter:
         return speed, waiting
 
 
-def finish(
-    training: Training, log: MetricsLog | None, began: float, measures: dict[str, float], signal: int | None
-) -> Outcome:
+def finish(training: Training, began: float, measures: dict[str, float], signal: int | None) -> Outcome:
     """Write weights and summary, and say what was done."""
     recipe, folder, source = training.recipe, training.folder, training.source
     unreadable = distributed.join(training.loader.bad)
@@ -229,8 +264,7 @@ def finish(
         "images": len(source),
         "data": source.description,
     }
-    if log is not None:
-        log.close()
+    if distributed.is_main():
         card = {
             "name": recipe.backbone.name,
             "stem": recipe.backbone.stem,

@@ -7,7 +7,7 @@ were, and no random number is consumed.
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -18,8 +18,9 @@ from kinfold import distributed, health
 from kinfold.data.loader import Batch
 from kinfold.data.sources import Source, Subset, open_source
 from kinfold.errors import UserError
-from kinfold.evaluate.features import extract, resize_for
+from kinfold.evaluate.features import Positions, extract, resize_for
 from kinfold.evaluate.knn import knn_scores
+from kinfold.evaluate.labelled import Labels, labels_of
 from kinfold.learner import Learner
 from kinfold.memory import Queue
 from kinfold.randomness import SPLIT, permutation
@@ -32,44 +33,44 @@ TEMPERATURE = 0.07
 class Probes:
     """The probes of one run: which images they look at is decided once, from the seed."""
 
-    def __init__(self, recipe: Recipe, run: Run, source: Source, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, run: Run, source: Source, device: torch.device, *, workers: int) -> None:
         self.recipe = recipe
         self.device = device
-        self.workers = run.workers or 0
+        self.workers = workers
         self.bank = some_of(source, run.probe_limit, recipe.seed)
         self.asked: Source | None = None
+        self.labels: tuple[Labels, Labels, int] | None = None
         if run.probe_data is not None:
             try:
                 asked = open_source(run.probe_data, split="test")
             except UserError:
                 asked = open_source(run.probe_data)  # a set without splits is all test
             self.asked = some_of(asked, run.probe_limit, recipe.seed)
-            if self.asked.labels is None or self.bank.labels is None:
-                raise UserError(
-                    "probe_data: the k-NN probe compares labels, but "
-                    + ("probe_data" if self.asked.labels is None else "data")
-                    + " has none. Leave probe_data out, or use class folders or a label column."
-                )
-            if self.asked.classes != self.bank.classes and self.asked.classes and self.bank.classes:
-                raise UserError(
-                    "probe_data: its classes are not those of data, so their labels cannot be compared: "
-                    f"{', '.join(self.asked.classes[:5])} there, {', '.join(self.bank.classes[:5])} here. Name the "
-                    "class folders alike in both."
-                )
-        elif self.bank.labels is not None:
+            for name, labelled in (("data", self.bank), ("probe_data", self.asked)):
+                if labelled.labels is None:
+                    raise UserError(
+                        f"probe_data: the k-NN probe compares labels, but {name} has none. Leave probe_data out, or "
+                        "use class folders or a label column."
+                    )
             try:
-                held_out = open_source(run.data, split="test")
-            except UserError:
-                held_out = None  # no second split: every image asks the others
-            if held_out is not None and held_out.labels is not None and held_out.fingerprint != source.fingerprint:
-                self.asked = some_of(held_out, run.probe_limit, recipe.seed)
+                self.labels = labels_of(self.bank, self.asked, say=_silently)
+            except UserError as error:
+                raise UserError(f"probe_data: {error}") from None
+        elif self.bank.labels is not None:
+            # Without a second split that fits, every image asks the others; with one class there is nothing to ask.
+            for held_out in (_second_split(run, source), None):
+                asked_some = None if held_out is None else some_of(held_out, run.probe_limit, recipe.seed)
+                with suppress(UserError):
+                    self.labels = labels_of(self.bank, asked_some, say=_silently)
+                    self.asked = asked_some
+                    break
 
     def measure(self, learner: Learner, batch: Batch | None, epoch: int) -> dict[str, float]:
         """Measure the query encoder as it is; `batch` is the last one trained on, if there is one."""
         modes = [(module, module.training) for module in learner.modules()]
         learner.eval()
         try:
-            with torch.inference_mode():
+            with torch.no_grad():
                 return self._measure(learner, batch, epoch)
         finally:
             for module, mode in modes:
@@ -78,8 +79,8 @@ class Probes:
     def _measure(self, learner: Learner, batch: Batch | None, epoch: int) -> dict[str, float]:
         features, positions = self._features(learner, self.bank)
         measures: dict[str, float] = {}
-        if self.bank.labels is not None:
-            measures.update(self._neighbours(learner, features, positions))
+        if self.labels is not None:
+            measures.update(self._neighbours(learner, features, positions, *self.labels))
         measures["rankme"] = health.rankme(features)
         measures["dimensions"] = float(min(features.shape))
         measures["alpha_req"] = health.alpha_req(features)
@@ -93,7 +94,7 @@ class Probes:
             measures.update(queue_age=age.mean, queue_age_max=age.max)
         return measures
 
-    def _features(self, learner: Learner, source: Source) -> tuple[Tensor, np.ndarray[Any, Any]]:
+    def _features(self, learner: Learner, source: Source) -> tuple[Tensor, Positions]:
         view, images = self.recipe.views.augment[0], self.recipe.images
         features, positions = extract(
             learner.encoder.backbone,
@@ -109,26 +110,25 @@ class Probes:
         )
         return torch.as_tensor(features), positions
 
-    def _neighbours(self, learner: Learner, features: Tensor, positions: np.ndarray[Any, Any]) -> dict[str, float]:
+    def _neighbours(
+        self, learner: Learner, features: Tensor, positions: Positions, known: Labels, asked: Labels, classes: int
+    ) -> dict[str, float]:
         """Top-1 accuracy of weighted k-NN: held-out images ask, or every image asks the others."""
-        assert self.bank.labels is not None
-        labels = torch.from_numpy(np.asarray(self.bank.labels)[positions])
+        labels = torch.from_numpy(known[positions])
         asking, truth = features, labels
         if self.asked is not None:
-            assert self.asked.labels is not None
             asking, found = self._features(learner, self.asked)
-            truth = torch.from_numpy(np.asarray(self.asked.labels)[found])
+            truth = torch.from_numpy(asked[found])
         neighbours = min(NEIGHBOURS, len(features) - (self.asked is None))
         if neighbours == 0:  # a single readable image has no other to ask
             return {}
-        known = int(max(labels.max(), truth.max())) + 1
         scores = knn_scores(
             asking,
             features,
             labels,
             k=neighbours,
             temperature=TEMPERATURE,
-            classes=known,
+            classes=classes,
             exclude_self=self.asked is None,
         )
         return {"knn": 100.0 * float((scores.argmax(1) == truth).double().mean())}
@@ -149,6 +149,19 @@ class Probes:
                 entropy = health.target_entropy(target)
                 measures.update(target_entropy=entropy.nats, perplexity=entropy.perplexity, keys=float(target.shape[1]))
         return measures
+
+
+def _second_split(run: Run, source: Source) -> Source | None:
+    """The test or validation split of the data, None where there is none or it has no labels."""
+    try:
+        held_out = open_source(run.data, split="test")
+    except UserError:
+        return None
+    return None if held_out.labels is None or held_out.fingerprint == source.fingerprint else held_out
+
+
+def _silently(text: str) -> None:
+    """Take a note that evaluation would print and a probe need not."""
 
 
 def some_of(source: Source, limit: int, seed: int) -> Source:

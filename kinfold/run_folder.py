@@ -16,6 +16,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +93,37 @@ def claim_run_folder(folder: Path, recipe: Recipe, run: Run) -> None:
     if not (folder / "recipe.yaml").exists():
         write_text(folder / "recipe.yaml", to_yaml(recipe))
     write_text(folder / "run.yaml", to_yaml(run))
+
+
+@contextmanager
+def held(folder: Path, *, patience: float = 10.0) -> Iterator[None]:
+    """Keep other runs out of a folder while this one is at work in it, on systems that have file locks.
+
+    Waits `patience` seconds, in which the worker processes of a killed run give up. Raises `UserError` after that.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"out: another process is at work in {folder}. Wait for it, stop it, or choose another out=."
+                    ) from None
+                time.sleep(0.2)
+            except OSError:  # a file system without locks
+                break
+        yield
+    finally:
+        os.close(place)
 
 
 def read_recipe(folder: Path) -> Recipe:

@@ -77,7 +77,11 @@ class Training:
     step: int = 0
 
     def __post_init__(self) -> None:
-        self.half = self.recipe.precision == "bf16" and self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        self.half = (
+            self.recipe.precision == "bf16"
+            and self.device.type == "cuda"
+            and torch.cuda.is_bf16_supported(including_emulation=False)
+        )
         self.wrapped: nn.Module = self.learner
         if distributed.world() > 1:
             # Buffers are equal on all ranks by construction: sending rank 0's would cost time and hide a fault.
@@ -121,12 +125,13 @@ class Training:
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.half):
                 losses, memo = self.wrapped(views, part.index, epoch)
             loss = share * torch.stack(list(losses.values())).sum()
-            if not torch.isfinite(loss):
-                raise UserError(self._not_finite(losses, part))
             loss.backward()  # type: ignore[no-untyped-call]
             memos.append(memo)
             for name, value in losses.items():
                 total[name] = total.get(name, torch.zeros_like(value)) + share * value.detach()
+        # Looked at once the device has all of its work, for looking makes it wait; nothing has been written yet.
+        if not torch.isfinite(torch.stack(list(total.values())).sum()):
+            raise UserError(self._not_finite(total, batch))
         self.optimizer.step()
         self.learner.advance(memos, momentum=key_momentum(self.recipe.key_momentum, step=self.step, steps=self.steps))
         self.step += 1
@@ -157,6 +162,7 @@ class Training:
                     f"After step {self.step} the weights {name} are not finite, so no checkpoint is written. Lower "
                     "learning_rate.base, or set precision=fp32, and start a new run folder."
                 )
+        unreadable = distributed.join(self.loader.bad)
         if distributed.is_main():
             state = {
                 "learner": self.learner.state_dict(),
@@ -165,7 +171,8 @@ class Training:
                 "recipe": plain(self.recipe),
                 "data": self.source.fingerprint,
                 "images": len(self.source),
-                "unreadable": dict(self.loader.bad),
+                "steps_per_epoch": self.loader.steps_per_epoch,
+                "unreadable": dict(unreadable),
                 "kinfold": __version__,
             }
             checkpoint.save(self.folder, state, step=self.step)
@@ -178,6 +185,12 @@ class Training:
                 f"The images have changed since {found.path} was written: {found.state['images']} then, "
                 f"{len(self.source)} now, or other names. A run cannot go on with other images; choose another out=, "
                 "or bring the images back."
+            )
+        before, now = found.state["steps_per_epoch"], self.loader.steps_per_epoch
+        if before != now:
+            raise UserError(
+                f"{found.path} was written with {before} steps an epoch, and {distributed.world()} process(es) make it "
+                f"{now}. Start as many processes as before."
             )
         self.learner.load_state_dict(found.state["learner"])
         self.optimizer.load_state_dict(found.state["optimizer"])

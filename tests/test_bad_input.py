@@ -315,7 +315,7 @@ def test_a_probe_without_labels_or_with_other_classes_is_refused_before_the_firs
     plain = photos(tmp_path / "plain", 4)
     with pytest.raises(UserError, match="probe_data has none"):
         own(tmp_path / "photos", tmp_path / "run", f"probe_data={plain}")
-    with pytest.raises(UserError, match=r"its classes are not those of data.*CATS, DOGS there, cats, dogs here"):
+    with pytest.raises(UserError, match=r"probe_data: .*classes.*CATS, DOGS"):
         own(tmp_path / "photos", tmp_path / "run", f"probe_data={tmp_path / 'others'}")
     assert not (tmp_path / "run").exists()
     done = own(tmp_path / "photos", tmp_path / "run", f"probe_data={tmp_path / 'photos'}", "epochs=1")

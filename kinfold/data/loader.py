@@ -56,8 +56,8 @@ class Loader:
     With `drop_last=False` the last, smaller batch of an epoch comes too, less the images that cannot be
     divided evenly over the processes, unless it would give them one image each: batch norm has no use for
     that. `accumulate` says in how many equal parts the caller will split each batch; the batches are
-    whole. `resident` None lets the data decide. `progress(done, total)` is called while a resident set is
-    decoded.
+    whole. `resident` None lets the data decide. `progress(count)` is called for every `count` images
+    while a resident set is decoded.
 
     Raises: `UserError` where the source holds fewer images than a batch, where the batch does not divide over
     processes and parts, where `resident=True` and the images differ in size; and, once batches are made,
@@ -70,6 +70,8 @@ class Loader:
     """seconds spent waiting for images since the last `reset_waiting`"""
     resident: bool
     """whether the set lives on the device"""
+    workers: int
+    """processes that decode at each step: none for a resident set"""
     steps_per_epoch: int
 
     def __init__(
@@ -90,7 +92,7 @@ class Loader:
         drop_last: bool = True,
         accumulate: int = 1,
         prefetch: int = 2,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Callable[[int], None] | None = None,
     ) -> None:
         count = len(source)
         if count == 0:
@@ -124,6 +126,7 @@ class Loader:
         self.waiting = 0.0
         self._pixels = self._decode_all(resident, progress)
         self.resident = self._pixels is not None
+        self.workers = 0 if self.resident else workers
 
     def reset_waiting(self) -> None:
         """Start counting `waiting` from zero."""
@@ -154,7 +157,7 @@ class Loader:
         starts = range(0, self._used, self._batch_size)
         return [Task(epoch, order[s : s + self._batch_size][self._rank :: self._world].copy()) for s in starts]
 
-    def _decode_all(self, wanted: bool | None, progress: Callable[[int, int], None] | None) -> Tensor | None:
+    def _decode_all(self, wanted: bool | None, progress: Callable[[int], None] | None) -> Tensor | None:
         """Decode the whole set to uint8 [N, C, H, W] on the device, or None where it is to be read step by step."""
         if wanted is False:
             return None
@@ -176,7 +179,7 @@ class Loader:
             pixels[first:last] = block.pixels
             self.bad.update(block.bad)
             if progress is not None:
-                progress(last, count)
+                progress(last - first)
         if len(self.bad) == count:
             raise UserError(no_readable_image(self._source, self.bad))
         return pixels.to(self._device)  # [N, C, H, W]

@@ -300,3 +300,5 @@ def _quiet_worker(_worker: int) -> None:
     """One thread; and Ctrl-C, which a terminal sends to all processes, is the main one's to answer."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # torchrun, systemd and some batch systems signal the whole group; a worker of a dead main process ends by itself.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

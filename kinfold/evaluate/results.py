@@ -34,7 +34,7 @@ def about_backbone(backbone: FrozenBackbone) -> dict[str, Any]:
         "description": backbone.description,
         "weights_sha256": hash_of(backbone.module),
         "head_sha256": hash_of(backbone.head),
-        "features": feature_width(backbone.module),
+        "features": feature_width(backbone.module) if hasattr(backbone.module, "num_features") else None,
         "size": backbone.size,
         "resize": backbone.resize,
         "channels": backbone.channels,
