@@ -131,6 +131,8 @@ def gpu() -> list[str]:
         "| recipe | epochs | images/s | k-NN untrained | k-NN trained | machine | file or command |",
         "|---|--:|--:|--:|--:|---|---|",
     ]
+    if all(read(f"gpu-{recipe.replace('/', '-')}") is None for recipe in GPU):
+        intro += " No accelerator was at hand when this table was made; the commands are ready."
     rows = []
     for recipe in GPU:
         name = f"gpu-{recipe.replace('/', '-')}"
@@ -168,9 +170,25 @@ def listing() -> list[str]:
     ]
 
 
+def demo() -> list[str]:
+    """The demo's time, and what it learns."""
+    head = ["| time | k-NN untrained | k-NN trained | file or command |", "|--:|--:|--:|---|"]
+    intro = "How long does `kinfold demo` take, start to end, and what does it learn? k-NN on held-out digits, per cent."
+    result = read("demo")
+    if result is None:
+        return [intro, "", *head, f"| {NOT_YET} | | | `python benchmarks/demo_time.py` |"]
+    columns = [
+        f"{result['seconds']:.0f} s",
+        f"{result['knn_untrained']:.1f}",
+        f"{result['knn_trained']:.1f}",
+        link("demo"),
+    ]
+    return [f"{intro} Measured on: {machine(result)}.", "", *head, f"| {' | '.join(columns)} |"]
+
+
 def block() -> str:
     """All tables, with the markers around them."""
-    return "\n".join([BEGIN, "", *learning(), "", *overhead(), "", *listing(), "", *gpu(), "", END])
+    return "\n".join([BEGIN, "", *demo(), "", *learning(), "", *overhead(), "", *listing(), "", *gpu(), "", END])
 
 
 def rewritten(text: str) -> str:

@@ -175,7 +175,9 @@ def embed(
     backbone: Annotated[str, typer.Argument(help="A run folder, a .safetensors file, timm:NAME or torchvision:NAME.")],
     data: Annotated[str, typer.Argument(help=DATA_HELP)],
     out: Annotated[Path, typer.Option("--out", "-o", help="The Parquet file to write.")] = Path("embeddings.parquet"),
-    split: Annotated[str, typer.Option(help="Which split of the data, where it has splits.")] = "train",
+    split: Annotated[
+        str, typer.Option(help="Which split of the data, where it has splits; all of them if not given.")
+    ] = "all",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
     workers: Annotated[Optional[int], typer.Option(help="Processes that decode images.")] = None,  # noqa: UP045
     limit: Annotated[Optional[int], typer.Option(help="Embed this many images only.")] = None,  # noqa: UP045
@@ -264,7 +266,7 @@ def recipes_schema() -> None:
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the demo's files go.")] = Path("runs/demo"),
 ) -> None:
-    """Learn from 1,437 real handwritten digits, then evaluate, embed and look: about a minute on two cores."""
+    """Learn from 1,437 real handwritten digits, then evaluate, embed and look: a short run on two cores."""
     from kinfold.demo import demo as show
 
     show(out)

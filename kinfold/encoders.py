@@ -9,9 +9,7 @@ device, shuffled batches over several, or synchronised statistics.
 from __future__ import annotations
 
 import difflib
-import pickle
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import timm
@@ -229,57 +227,6 @@ def _small_stem(model: Any, how: Backbone, channels: int) -> None:
     nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
     setattr(model, "conv1", stem)  # noqa: B010  # timm's types know only its own stem
     setattr(model, "maxpool", nn.Identity())  # noqa: B010
-
-
-def load_backbone_weights(backbone: nn.Module, path: Path) -> None:
-    """Load weights from a local file: safetensors, or a tensors-only checkpoint; classifier layers are left out.
-
-    Raises `UserError` when keys are missing or unknown, or shapes differ, naming them.
-    """
-    if not path.is_file():
-        raise UserError(f"weights: there is no file {path}. Give a .safetensors or .pth file.")
-    state: Any
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if isinstance(error, pickle.UnpicklingError):  # torch's message goes on to recommend the danger
-            reason = "it is no checkpoint, or holds objects besides tensors"
-        raise UserError(
-            f"weights: {path} could not be read as tensors ({reason}). Give a .safetensors file "
-            "or a checkpoint that holds only tensors; files that would run code are refused."
-        ) from error
-    if not isinstance(state, dict):
-        raise UserError(f"weights: {path} holds no tensors by name, but a {type(state).__name__}. Give a state dict.")
-    for wrapper in ("state_dict", "model", "backbone"):
-        if isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    own = backbone.state_dict()
-    state = {k: v for k, v in state.items() if isinstance(v, Tensor)}
-    state = {k: v for k, v in state.items() if k in own or not re.match(r"(fc|head|classifier)\.", k)}
-    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
-    missing = [k for k in missing if not k.endswith("num_batches_tracked")]
-    if missing or unknown or shapes:
-        parts = [
-            f"{what} {', '.join(names[:4])}{' …' if len(names) > 4 else ''}"
-            for what, names in (
-                ("missing", missing),
-                ("unknown", unknown),
-                ("of another shape", sorted(shapes)),
-            )
-            if names
-        ]
-        raise UserError(
-            f"weights: {path} does not fit the backbone: {'; '.join(parts)}. Check backbone.name, backbone.stem and "
-            "the number of channels."
-        )
-    backbone.load_state_dict(state, strict=False)
 
 
 def build_head(how: Head, features: int) -> nn.Sequential:

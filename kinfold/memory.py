@@ -78,8 +78,9 @@ class QueueMemory:
 class BatchMemory:
     """No memory beyond the step: the candidates are the keys of the gathered batch, as in SimCLR.
 
-    Differs from SimCLR's published form: keys carry no gradient. With `key_momentum.start: 0` and symmetric pairs
-    both views are pulled, each in its turn as the query.
+    Differs from SimCLR's published form: keys carry no gradient, and a query meets the keys of one view only, while
+    SimCLR also has the other images' embeddings of the query's own view among the negatives, 2 (N - 1) in all for N
+    images. With `key_momentum.start: 0` and symmetric pairs both views are pulled, each in its turn as the query.
     """
 
     name: Literal["batch"] = "batch"

@@ -77,6 +77,8 @@ def pretrain(recipe: Recipe, run: Run, *, quiet: bool = False) -> Outcome:
     if main:
         claim_run_folder(training.folder, recipe, run)
     console = Console(training.steps, training.step, quiet=quiet)
+    for sentence in batch_norm_apart(training):
+        console.warn(sentence)
     console.say(
         f"{training.source.description}; {training.steps} steps of {recipe.batch_size} images on {training.device}, "
         f"into {training.folder}"
@@ -107,6 +109,7 @@ def loop(
     per_epoch = loader.steps_per_epoch
     measures: dict[str, float] = {}
     batch: Batch | None = None
+    terms: dict[str, float] = {}
     meter, told = Meter(), 0
 
     def probe_if_due(epochs: int) -> None:
@@ -114,13 +117,18 @@ def loop(
         if not run.probe_every or (epochs % run.probe_every and epochs != recipe.epochs):
             return
         if log is not None:
+            before = dict(measures)
+            measures.clear()
             seen = probed(log.path.parent, training.step)
             measures.update(seen or probes.measure(training.learner, batch, epochs))
+            measures["momentum"] = training.momentum
+            if terms:
+                measures["loss"] = terms["loss"]
             if not seen:
                 log.write(training.step, epochs, **{f"probe/{name}": value for name, value in measures.items()})
             shown = [f"{name} {measures[name]:.4g}" for name in SHOWN if name in measures]
             console.say(f"after {epochs} epochs: {', '.join(shown)}")
-            for sentence in health.read(measures) if epochs else ():
+            for sentence in health.read(measures, before) if epochs else ():
                 console.say(f"  {sentence}")
         distributed.wait_for_all()
         meter.read()
@@ -150,6 +158,33 @@ def loop(
                 return measures, signal
         probe_if_due(epoch + 1)
     return measures, None
+
+
+def batch_norm_apart(training: Training) -> list[str]:
+    """Say where batch norm sees smaller batches in several processes than the recipe has in one."""
+    world, recipe = distributed.world(), training.recipe
+    if world == 1 or recipe.batch_norm.synchronise:
+        return []
+    part = recipe.batch_size // world
+    ways = "set batch_norm.synchronise=true, or the splits to a multiple of the processes"
+    said = []
+    encoders = (("query", training.learner.encoder), ("key", training.learner.key_encoder))
+    for name, encoder in encoders:
+        splits = getattr(recipe.batch_norm, f"{name}_splits")
+        if encoder is None:
+            continue
+        if splits < world and any(isinstance(m, nn.BatchNorm2d) for m in encoder.backbone.modules()):
+            said.append(
+                f"batch_norm.{name}_splits is {splits}, but {world} processes make {world} groups of {part} images: "
+                f"this run is not the one that one process would make; {ways}"
+            )
+        elif any(isinstance(m, nn.BatchNorm1d) for m in encoder.modules()):
+            said.append(
+                f"the batch norm in the {name} encoder's head sees the {part} images of one process, not all "
+                f"{recipe.batch_size}: this run is not the one that one process would make; set "
+                "batch_norm.synchronise=true if that matters"
+            )
+    return said
 
 
 def probed(folder: Path, step: int) -> dict[str, float]:

@@ -123,7 +123,11 @@ class Recipe:
 
 @settings
 class Run:
-    """Where a recipe is computed and how: nothing here is meant to change the result."""
+    """What a recipe is computed on, where and how.
+
+    `data`, `split`, `limit` and `weights` say what is learned from, and so decide the result too; the rest is not
+    meant to change it.
+    """
 
     data: str
     """a folder of images, a parquet file or folder, a tar of shards, `hf:owner/name`, or `digits`"""

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kinfold import __version__, checkpoint, distributed
 from kinfold.data.loader import Batch, Loader
 from kinfold.data.sources import Source
-from kinfold.encoders import Encoder, build_backbone, build_head, feature_width, load_backbone_weights
+from kinfold.encoders import Encoder, build_backbone, build_head, feature_width
 from kinfold.errors import UserError
 from kinfold.learner import Learner
 from kinfold.memory import Memo, build_memory
@@ -25,6 +25,7 @@ from kinfold.optim import key_momentum, learning_rate
 from kinfold.randomness import STEP, WEIGHTS, seed_of
 from kinfold.reading import plain
 from kinfold.recipe import Recipe
+from kinfold.weights import load_backbone_weights
 
 
 def build_learner(recipe: Recipe, *, images: int, weights: Path | None = None) -> Learner:
@@ -103,6 +104,11 @@ class Training:
             batch_size=self.recipe.batch_size,
         )
 
+    @property
+    def momentum(self) -> float:
+        """How much of the key encoder stays at the next step."""
+        return key_momentum(self.recipe.key_momentum, step=self.step, steps=self.steps)
+
     def take_step(self, batch: Batch, epoch: int) -> dict[str, Tensor]:
         """Forward, backward, step, advance, on one batch in `recipe.accumulate` parts.
 
@@ -133,20 +139,25 @@ class Training:
         if not torch.isfinite(torch.stack(list(total.values())).sum()):
             raise UserError(self._not_finite(total, batch))
         self.optimizer.step()
-        self.learner.advance(memos, momentum=key_momentum(self.recipe.key_momentum, step=self.step, steps=self.steps))
+        self.learner.advance(memos, momentum=self.momentum)
         self.step += 1
         return total
 
-    def _not_finite(self, losses: dict[str, Tensor], part: Batch) -> str:
-        """The message for a loss that is no number."""
-        terms = ", ".join(f"{name} {float(value.detach())}" for name, value in losses.items())
-        names = [self.source.name(int(i)) for i in part.index[:8]]
-        more = f" and {len(part.index) - 8} more" if len(part.index) > 8 else ""
+    def _not_finite(self, losses: dict[str, Tensor], batch: Batch) -> str:
+        """The message for a loss that is no number; all names of the batch go to a file."""
+        terms = ", ".join(f"{name} {float(value)}" for name, value in losses.items())
+        names = [self.source.name(int(i)) for i in batch.index]
+        where = self.folder / f"not-finite-{self.step:08d}-{distributed.rank()}.txt"
+        try:
+            where.write_text("\n".join(names) + "\n", encoding="utf-8")
+            more = f" and {len(names) - 4} more, all in {where}" if len(names) > 4 else ""
+        except OSError:
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
         # One of this very step holds the weights that gave this loss, so it is not a good one.
         found = [p for p in checkpoint.standing(self.folder) if p.stem != f"step-{self.step:08d}"]
         last = f"The last good checkpoint is {found[0]}." if found else "There is no checkpoint from before."
         return (
-            f"The loss is not finite at step {self.step}: {terms}. Images of this batch: {', '.join(names)}{more}. "
+            f"The loss is not finite at step {self.step}: {terms}. Images of this batch: {', '.join(names[:4])}{more}. "
             f"{last} Lower learning_rate.base, raise method.temperature, or set precision=fp32, and start a new run "
             "folder."
         )
@@ -162,7 +173,7 @@ class Training:
                     f"After step {self.step} the weights {name} are not finite, so no checkpoint is written. Lower "
                     "learning_rate.base, or set precision=fp32, and start a new run folder."
                 )
-        unreadable = distributed.join(self.loader.bad)
+        self.loader.bad.update(distributed.join(self.loader.bad))
         if distributed.is_main():
             state = {
                 "learner": self.learner.state_dict(),
@@ -172,7 +183,7 @@ class Training:
                 "data": self.source.fingerprint,
                 "images": len(self.source),
                 "steps_per_epoch": self.loader.steps_per_epoch,
-                "unreadable": dict(unreadable),
+                "unreadable": dict(self.loader.bad),
                 "kinfold": __version__,
             }
             checkpoint.save(self.folder, state, step=self.step)

@@ -13,7 +13,8 @@ be as similar to each other image as the key is, both read with one sharp temper
 
 The gradient reaches the query through Q in both halves; P is constant. α = 0 is MoCo. The published values of α and
 τ_con are recalled, not seen in a file: 10 and 0.04 on MoCo v1, 0.3 and 0.05 on MoCo v2. No official code exists; the
-regulariser in lightly differs (own key included, own second queue, and no gradient since 1.5.16).
+regulariser in lightly differs (own key included, own second queue, and no gradient since the end of 2024, commit
+d9b8de19).
 """
 
 from __future__ import annotations

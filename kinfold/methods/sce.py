@@ -43,9 +43,10 @@ class SCE(Method):
     own_key: Literal["zero", "mask"] = "zero"
     """what the own key is among the relations: at logit zero (the authors' code) or masked out (the paper).
 
-    Default `zero`, because the published numbers were made with it. At zero the own key keeps a share
-    1 / (1 + Σ exp(k·m / τ_m)) of the relations: about 5e-5 with 4,096 random keys of 128 dimensions, so on real
-    queues the two train alike; with a handful of keys (`memory: batch`) they differ, and `mask` is the formula.
+    Default `zero`: the authors' code, with which the published numbers were presumably made (inferred). At zero the
+    own key keeps a share 1 / (1 + Σ exp(k·m / τ_m)) of the relations: about 5e-5 with 4,096 random keys of 128
+    dimensions, so on real queues the two train alike; with a handful of keys (`memory: batch`) they differ, and
+    `mask` is the formula.
     """
 
     def target(self, seen: Comparison) -> Tensor:
