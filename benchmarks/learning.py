@@ -16,7 +16,7 @@ import time
 from typing import Any
 
 import torch
-from measured import ROOT, write
+from measured import ROOT, without_folder, write
 
 from kinfold.data.sources import open_source
 from kinfold.evaluate.features import extract
@@ -90,7 +90,7 @@ def main() -> None:
             "recipe_file": recipe_file.name,
             "recipe": recipe_file.read_text(encoding="utf-8"),
             "settings": words.settings,
-            "data": bank.description,
+            "data": without_folder(bank.description, words.data),
             "protocol": f"weighted k-NN on backbone features, k={words.k}, temperature={TEMPERATURE}, all test images",
             "runs": runs,
         },

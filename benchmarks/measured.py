@@ -39,8 +39,21 @@ def circumstances() -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--", "kinfold")),
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", sys.argv[0], *(shown(word) for word in sys.argv[1:])]),
     }
+
+
+def shown(word: str) -> str:
+    """A word of the command line without the folders that lead to it, which are this machine's own."""
+    return os.path.basename(os.path.normpath(word)) if os.path.exists(word) else word
+
+
+def without_folder(description: str, data: str) -> str:
+    """A description of images without the place where they lie on this machine."""
+    places = {data, data.rstrip("/"), str(Path(data)), os.path.abspath(data), os.path.realpath(data)}
+    for place in sorted(places, key=len, reverse=True):
+        description = description.replace(f" in {place}", "")
+    return description
 
 
 def write(name: str, result: dict[str, Any]) -> Path:

@@ -173,7 +173,9 @@ def listing() -> list[str]:
 def demo() -> list[str]:
     """The demo's time, and what it learns."""
     head = ["| time | k-NN untrained | k-NN trained | file or command |", "|--:|--:|--:|---|"]
-    intro = "How long does `kinfold demo` take, start to end, and what does it learn? k-NN on held-out digits, per cent."
+    intro = (
+        "How long does `kinfold demo` take, start to end, and what does it learn? k-NN on held-out digits, per cent."
+    )
     result = read("demo")
     if result is None:
         return [intro, "", *head, f"| {NOT_YET} | | | `python benchmarks/demo_time.py` |"]

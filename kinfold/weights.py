@@ -83,9 +83,10 @@ def _read(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(state, dict):
         raise UserError(f"weights: {path} holds no tensors by name, but a {type(state).__name__}. Give a state dict.")
-    while inner := next((state[name] for name in _WRAPPERS if isinstance(state.get(name), dict)), None):
-        state = inner
-    return state
+    weights: dict[str, Any] = state
+    while inner := next((weights[name] for name in _WRAPPERS if isinstance(weights.get(name), dict)), None):
+        weights = inner
+    return weights
 
 
 def _bare(state: dict[str, Any], own: dict[str, Tensor]) -> dict[str, Tensor]:

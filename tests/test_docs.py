@@ -19,6 +19,7 @@ import torch
 import typer
 
 from kinfold.cli import app
+from kinfold.data.sources import open_source
 from kinfold.errors import UserError
 from kinfold.evaluate import load_protocol
 from kinfold.memory import Queue
@@ -121,7 +122,7 @@ def test_the_check_of_commands_refuses_what_is_wrong() -> None:
 @each_page
 def test_every_setting_in_the_text_exists(page: Path) -> None:
     for word in code_words(page):
-        for setting in re.findall(r"(?:^|(?<=\s))\"?([a-z_]+(?:\.[a-z_0-9*]+)*=[^\s\"=]+)", word):
+        for setting in re.findall(r"(?:^|(?<=\s))\"?([a-z_]+(?:\.[a-z_0-9*]+)*=(?:\{[^}]*\}|[^\s\"=]+))", word):
             if word.startswith(("python ", "kinfold ", "PYTHON", "torchrun ", "DistributedDataParallel")):
                 continue
             value = setting.split("=")[1]
@@ -270,10 +271,8 @@ def test_the_figures_in_the_readme_are_those_of_the_result_files() -> None:
 def test_every_row_of_figures_cites_a_result_file_or_says_that_there_is_none() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     between = text.partition(tables().BEGIN)[2].partition(tables().END)[0]
-    rows = [
-        row for row in re.findall(r"^\|(.+)\|$", between, re.M) if "---" not in row and "| file" not in row
-    ]
-    assert len(rows) >= 8  # five methods, the loop, two recipes
+    rows = [row for row in re.findall(r"^\|(.+)\|$", between, re.M) if "---" not in row and "| file" not in row]
+    assert len(rows) >= 11  # the demo, five methods and the digits, the loop, the listing, two recipes
     for row in rows:
         cited = re.findall(r"\(benchmarks/results/([\w-]+\.json)\)", row)
         assert (NOT_YET in row) != bool(cited), row
@@ -308,6 +307,29 @@ def test_a_result_file_becomes_a_row_with_mean_and_deviation(tmp_path: Path, mon
     (tmp_path / "loop-overhead.json").write_text(json.dumps({**overhead, **about}))
     assert "90 % of the bare loop" in made.overhead()[0]
     assert "| 27.0 | 700 MB |" in made.overhead()[4]
+    assert "No accelerator was at hand" in made.gpu()[0]
+    assert NOT_YET in made.demo()[-1]
+    (tmp_path / "demo.json").write_text(
+        json.dumps({"seconds": 61.4, "knn_untrained": 90.04, "knn_trained": 95.0, **about})
+    )
+    assert made.demo()[-1] == "| 61 s | 90.0 | 95.0 | [demo.json](benchmarks/results/demo.json) |"
+
+
+def test_a_result_file_carries_no_folder_of_the_machine_that_made_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    measured = importlib.import_module("measured")
+    data = tmp_path / "photos"
+    for number in range(3):
+        place = data / "train" / f"class {number}"
+        place.mkdir(parents=True)
+        (place / "1.png").write_bytes(b"an image, by its name")
+    source = open_source(str(data), limit=2, cache=tmp_path / "cache")
+    assert str(data) in source.description
+    assert measured.without_folder(source.description, f"{data}/") == "2 of 3 images, split train (3 classes)"
+    monkeypatch.setattr("sys.argv", ["benchmarks/learning.py", "sce", "--data", f"{data}/"])
+    assert measured.circumstances()["command"] == "python benchmarks/learning.py sce --data photos"
 
 
 def test_the_tables_of_recipes_claim_no_reproduction_without_a_file() -> None:

@@ -1,15 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backbones by name, stems, channels, weights from files, and what cannot be had."""
+"""Backbones by name, stems, channels, and what cannot be had."""
 
 from __future__ import annotations
 
-import pickle
-from pathlib import Path
-
 import pytest
-import timm
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from kinfold.encoders import (
@@ -19,7 +14,6 @@ from kinfold.encoders import (
     SplitBatchNorm,
     build_backbone,
     build_head,
-    load_backbone_weights,
     split_batch_norm,
 )
 from kinfold.errors import UserError
@@ -80,45 +74,6 @@ def test_batch_norm_that_cannot_be_split_is_refused_and_none_at_all_is_fine() ->
     split = split_batch_norm(build_backbone(Backbone(name="resnet10_w8")), 2)
     kinds = {type(m) for m in split.modules() if isinstance(m, nn.BatchNorm2d)}
     assert kinds == {SplitBatchNorm}
-
-
-@pytest.mark.parametrize("form", ["safetensors", "pth", "wrapped"])
-def test_weights_of_timm_load_from_a_local_file(form: str, tmp_path: Path) -> None:
-    source = timm.create_model("resnet18", pretrained=False)  # with its classifier, as published
-    path = tmp_path / ("weights.safetensors" if form == "safetensors" else "weights.pth")
-    if form == "safetensors":
-        save_file(source.state_dict(), path)
-    else:
-        torch.save({"state_dict": source.state_dict()} if form == "wrapped" else source.state_dict(), path)
-    backbone = build_backbone(Backbone(name="resnet18"))
-    load_backbone_weights(backbone, path)
-    images = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        expected = source.eval().forward_head(source.forward_features(images), pre_logits=True)
-        torch.testing.assert_close(backbone.eval()(images), expected)
-
-
-class _Evil:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return (Path.touch, (Path("run-by-the-pickle"),))  # type: ignore[return-value]
-
-
-def test_weights_that_would_run_code_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"conv1.weight": _Evil()}))
-    with pytest.raises(UserError, match="refused"):
-        load_backbone_weights(build_backbone(Backbone(name="resnet10_w8")), tmp_path / "evil.pth")
-    assert not (tmp_path / "run-by-the-pickle").exists()
-
-
-def test_weights_of_another_network_are_refused_with_the_keys(tmp_path: Path) -> None:
-    save_file(build_backbone(Backbone(name="resnet10_w8")).state_dict(), tmp_path / "w8.safetensors")
-    with pytest.raises(UserError, match="of another shape"):
-        load_backbone_weights(build_backbone(Backbone(name="resnet10_w16")), tmp_path / "w8.safetensors")
-    with pytest.raises(UserError, match=r"missing layer1\.1"):
-        load_backbone_weights(build_backbone(Backbone(name="resnet18_w8")), tmp_path / "w8.safetensors")
-    with pytest.raises(UserError, match="there is no file"):
-        load_backbone_weights(build_backbone(Backbone(name="resnet18_w8")), tmp_path / "none.safetensors")
 
 
 def test_an_encoder_ends_on_the_unit_sphere_in_full_precision() -> None:

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +24,7 @@ from kinfold.data.loader import Loader
 from kinfold.data.sources import open_source
 from kinfold.methods import METHODS
 from kinfold.optim import build_optimizer
-from kinfold.pretrain import numbers
+from kinfold.pretrain import batch_norm_apart, numbers
 from kinfold.reading import parse, plain, to_yaml
 from kinfold.recipe import Recipe
 from kinfold.training import Training, build_learner
@@ -127,6 +130,37 @@ def test_other_memories_and_accumulation_train_the_same(name: str, changes: dict
     assert_alike(tiny(name, **{**splits, **symmetric, **changes, "epochs": 4}), tmp_path)
 
 
+def test_a_step_in_parts_is_the_step_in_one(tmp_path: Path) -> None:
+    # Without batch norm, which sees one part at a time, the parts add up to the whole.
+    views = dict(plain(tiny("co2"))["views"])
+    views["augment"] = [{**view, "size": 16} for view in views["augment"]]
+    states = []
+    for parts in (1, 4):
+        recipe = tiny("co2", accumulate=parts, backbone={"name": "vit_tiny_patch16_224"}, epochs=4, views=views)
+        folder = tmp_path / str(parts)
+        folder.mkdir()
+        train(0, 1, 0, plain(recipe), str(folder))
+        states.append(torch.load(folder / "1-0.pt", weights_only=True))
+    assert states[1]["losses"] == pytest.approx(states[0]["losses"], rel=1e-9)
+    for name, value in states[0]["state"].items():
+        torch.testing.assert_close(states[1]["state"][name], value, rtol=1e-7, atol=1e-10, msg=name)
+
+
+def test_several_processes_say_where_batch_norm_sees_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(**changes: Any) -> list[str]:
+        recipe = tiny("sce", **changes)
+        training = SimpleNamespace(recipe=recipe, learner=build_learner(recipe, images=100))
+        return batch_norm_apart(training)  # type: ignore[arg-type]
+
+    assert said() == []
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    assert any("query_splits is 1, but 2 processes make 2 groups of 16 images" in text for text in said())
+    assert said(batch_norm={"query_splits": 2, "key_splits": 4}) == []
+    head = {"hidden": [8], "out": 4, "batch_norm": True}
+    assert any("head" in text for text in said(batch_norm={"query_splits": 2, "key_splits": 2}, head=head))
+    assert said(batch_norm={"synchronise": True}) == []
+
+
 def test_torchrun_starts_two_processes_and_leaves_one_run_folder(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(to_yaml(tiny("sce", epochs=1, batch_norm={"query_splits": 2, "key_splits": 2})))
@@ -157,3 +191,29 @@ def test_torchrun_starts_two_processes_and_leaves_one_run_folder(tmp_path: Path)
     for name, value in one.state["learner"].items():
         torch.testing.assert_close(two.state["learner"][name], value, rtol=1e-3, atol=1e-4, msg=name)
     assert (tmp_path / "two" / "backbone.safetensors").is_file()
+
+
+def test_sigterm_to_torchrun_leaves_one_checkpoint_to_go_on_from(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(to_yaml(tiny("moco", epochs=400, batch_norm={"query_splits": 2, "key_splits": 2})))
+    words = ["digits", "-q", "--recipe", str(recipe), "limit=150", "workers=0", "probe_every=0", "device=cpu"]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    command = [*torchrun, "-m", "kinfold", "pretrain", *words, "checkpoint_every=1000"]
+    process = subprocess.Popen(
+        [sys.executable, *command, "--out", str(tmp_path / "run")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    log = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not log.exists() or len(log.read_text().splitlines()) < 2:
+        assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.pt"))
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    found = load_latest(tmp_path / "run")
+    assert found is not None
+    assert found.step > 0

@@ -302,6 +302,7 @@ def test_an_evaluation_recipe_is_complete_and_its_protocol_accepts_it(name: str)
 def test_evaluation_has_the_published_variants() -> None:
     assert {"knn/moco-notebook", "knn/invp", "linear/moco-imagenet", "linear/sce-imagenet"} <= set(VARIANTS)
     assert {"linear/sce-cifar10", "linear/ressl-imagenet", "linear/invp-cifar10", "linear/invp-svhn"} <= set(VARIANTS)
+    assert {"linear/sce-imagenet-moco", "linear/invp-imagenet"} <= set(VARIANTS)
 
 
 def test_the_k_nn_variants_have_the_published_neighbours_and_temperatures() -> None:
@@ -315,10 +316,18 @@ def test_the_linear_protocol_of_sce_on_imagenet_learns_at_four_tenths() -> None:
     assert (how.epochs, how.weight_decay, how.schedule.name) == (90, 0.0, "cosine")
 
 
+def test_the_linear_protocol_of_invp_on_imagenet_learns_at_one_for_120_epochs() -> None:
+    how = variant("linear/invp-imagenet")
+    assert (how.learning_rates, how.base_batch, how.batch_size, how.epochs) == ((1.0,), None, 256, 120)
+    assert how.schedule == Steps(milestones=(50, 80, 100), factor=0.1)
+    assert "Differs" in header(RECIPES / "evaluate" / "linear" / "invp-imagenet.yaml")
+
+
 @pytest.mark.parametrize(
     ("name", "schedule", "pad", "flip"),
     [
         ("linear/moco-imagenet", Steps(milestones=(60, 80), factor=0.1), None, 0.5),
+        ("linear/sce-imagenet-moco", Steps(milestones=(60, 80), factor=0.1), None, 0.5),
         ("linear/sce-cifar10", Steps(milestones=(60, 80), factor=0.1), 4, 0.5),
         ("linear/invp-cifar10", Steps(milestones=(40, 60, 80), factor=0.2), None, 0.5),
         ("linear/invp-svhn", Steps(milestones=(40, 60, 80), factor=0.2), None, 0.0),

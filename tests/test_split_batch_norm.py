@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Split batch norm against the authors' numbers and against loops, in every memory layout."""
+"""Split batch norm against the authors' numbers and against loops, in every memory layout; and synchronised."""
 
 from __future__ import annotations
 
@@ -10,10 +10,22 @@ import torch
 from golden import assert_close, load
 from torch import Tensor, nn
 
-from kinfold.encoders import Backbone, BatchNorm, Encoder, SplitBatchNorm, build_backbone, split_batch_norm
+from kinfold import distributed
+from kinfold.encoders import (
+    Backbone,
+    BatchNorm,
+    Encoder,
+    Head,
+    SplitBatchNorm,
+    build_backbone,
+    build_head,
+    split_batch_norm,
+)
+from kinfold.errors import UserError
 from kinfold.learner import Learner
 from kinfold.memory import Queue
 from kinfold.methods import MoCo
+from kinfold.recipe import load
 from kinfold.views import Augmentation, Views
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -109,3 +121,77 @@ def test_a_group_sees_only_its_own_images() -> None:
     changed[1] += 5.0  # image 1 is in the group of 1 and 5
     moved = (norm(x) - norm(changed)).abs().amax((1, 2, 3)) > 1e-9
     assert np.flatnonzero(moved.numpy()).tolist() == [1, 5]
+
+
+def synchronisable() -> Learner:
+    """A learner with batch norm in its backbones, behind hidden layers and at the end of its heads."""
+    view = Augmentation(size=16)
+    head = build_head(Head(hidden=(8,), out=4, batch_norm=True, last="batch-norm"), 64)
+    learner = Learner(
+        method=MoCo(),
+        views=Views(augment=(view, view)),
+        encoder=Encoder(build_backbone(Backbone(name="resnet10_w8", stem="small")), head),
+        memory=Queue(8, 4),
+        batch_norm=BatchNorm(synchronise=True),
+    )
+    learner.encoder(torch.randn(4, 3, 16, 16))  # running statistics that are not the first ones
+    return learner
+
+
+def kinds(learner: Learner) -> list[type[nn.Module]]:
+    return [type(m) for m in learner.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+def test_in_one_process_there_is_nothing_to_synchronise() -> None:
+    learner = synchronisable()
+    before = list(learner.modules())
+    learner.synchronise_batch_norm()
+    assert all(now is then for now, then in zip(learner.modules(), before, strict=True))
+    assert set(kinds(learner)) == {nn.BatchNorm1d, nn.BatchNorm2d}
+
+
+def test_synchronised_statistics_are_refused_where_torch_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = synchronisable()
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    with pytest.raises(UserError, match=r"CUDA devices only.*batch_norm\.synchronise=false"):
+        learner.synchronise_batch_norm()
+    assert set(kinds(learner)) == {nn.BatchNorm1d, nn.BatchNorm2d}
+
+
+def test_every_batch_norm_is_synchronised_and_nothing_else_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnCuda:
+        device = torch.device("cuda", 0)
+
+    learner = synchronisable()
+    images = torch.randn(4, 3, 16, 16)
+    state = learner.state_dict(keep_vars=True)
+    values = {name: value.clone() for name, value in state.items()}
+    parameters = list(learner.parameters())
+    count = len(kinds(learner))
+    learner.eval()
+    z = learner.encoder(images)
+    with monkeypatch.context() as patch:  # as though the learner lay on the first of two GPUs
+        patch.setattr(distributed, "world", lambda: 2)
+        patch.setattr(Learner, "step", OnCuda, raising=False)
+        learner.synchronise_batch_norm()
+    assert learner.key_encoder is not None
+    assert kinds(learner) == [nn.SyncBatchNorm] * count
+    assert count == 2 * (len([m for m in learner.key_encoder.modules() if isinstance(m, nn.SyncBatchNorm)]))
+    assert all(now is then for now, then in zip(learner.parameters(), parameters, strict=True))
+    after = learner.state_dict(keep_vars=True)
+    assert after.keys() == state.keys()
+    for name, value in after.items():
+        assert value is state[name], name
+        assert torch.equal(value, values[name]), name
+    assert not any(parameter.requires_grad for parameter in learner.key_encoder.parameters())
+    assert not any(module.training for module in learner.modules())
+    assert torch.equal(learner.encoder(images), z)
+
+
+@pytest.mark.parametrize("splits", ["query_splits", "key_splits"])
+def test_a_recipe_does_not_split_and_synchronise_at_once(splits: str) -> None:
+    changes = ["batch_norm.shuffle_keys=false", "batch_norm.synchronise=true"]
+    run = {"data": "digits", "out": "unused"}
+    assert load("digits", [*changes, "batch_norm.query_splits=1", "batch_norm.key_splits=1"], run=run)[0]
+    with pytest.raises(UserError, match=r"batch_norm\.synchronise: .* exclude each other"):
+        load("digits", [*changes, f"batch_norm.{splits}=2"], run=run)
