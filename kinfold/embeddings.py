@@ -54,7 +54,7 @@ def embed(
     data: str | Source,
     out: Path,
     *,
-    split: str = "train",
+    split: str = "all",
     features: Layer = "backbone",
     normalise: bool = False,
     size: int | None = None,

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from kinfold import distributed
@@ -157,6 +158,33 @@ class Queue(Memory):
         self.next.copy_((self.next + total) % self.size)
 
 
+class _Picked(torch.autograd.Function):
+    """Similarities of queries with keys picked for each: `einsum("bd,bkd->bk", q, points[image])`.
+
+    Neither direction holds the picked keys `[B, K, D]` at once: at a batch of 256 with 4,181 of them that is half a
+    gigabyte, and fetching it takes longer than everything else in the loss.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, points: Tensor, image: Tensor) -> Tensor:
+        ctx.save_for_backward(points, image)
+        if len(points) <= 16 * image.shape[1]:  # a product with every key is less work than fetching the picked ones
+            return (q @ points.T).gather(1, image)  # [B, K]
+        parts = [
+            torch.einsum("bd,bkd->bk", some, points[rows])
+            for some, rows in zip(torch.split(q, 16), torch.split(image, 16))
+        ]
+        return torch.cat(parts)  # [B, K]
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        points, image = ctx.saved_tensors
+        # The sum of the picked keys, each with its gradient as weight.
+        bag = F.embedding_bag(image, points, per_sample_weights=gradient.contiguous(), mode="sum")  # [B, D]
+        return bag, None, None
+
+
 class Bank(Memory):
     """One key per image, moved a little each time its image is seen, and each image's nearest neighbours.
 
@@ -182,8 +210,7 @@ class Bank(Memory):
         nearest = found[:, : self.how.nearest]  # [B, M]
         reached = self.walk(index)  # [B, P]
         image = torch.cat([index[:, None], nearest, reached], dim=1)  # [B, 1 + M + P]
-        columns = self.points[image.clamp(min=0)].to(q.dtype)  # [B, 1 + M + P, D]
-        by_query = torch.einsum("bd,bkd->bk", q, columns)  # [B, 1 + M + P]
+        by_query: Tensor = _Picked.apply(q, self.points.to(q.dtype), image.clamp(min=0))  # [B, 1 + M + P]
         seen = Comparison(
             by_query=by_query,
             own=torch.zeros(len(q), dtype=torch.int64, device=q.device),

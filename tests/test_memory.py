@@ -247,3 +247,19 @@ def test_a_banks_columns_are_the_images_it_names(repeats: bool) -> None:
     assert spans[0] == [0]
     assert spans[1] == [1, 2, 3, 4, 5, 6]
     assert spans[2] == slice(7, 7 + 2 + 4)
+
+
+@pytest.mark.parametrize(("images", "picked"), [(12, 30), (400, 5)], ids=["by the whole product", "by fetching"])
+def test_picked_similarities_and_their_gradient_are_those_of_the_plain_form(images: int, picked: int) -> None:
+    bank = Bank(images, 4, BankMemory(nearest=picked, steps=2, neighbours=2)).double()
+    bank.neighbours.random_(0, images)
+    raw = torch.randn(40, 4, dtype=torch.float64, requires_grad=True)
+    index = torch.arange(40) % images
+    seen, _ = bank.compare(raw, None, index)
+    assert seen.image is not None
+    plain = torch.einsum("bd,bkd->bk", raw, bank.points[seen.image])
+    assert_close(seen.by_query.detach(), plain.detach())
+    weights = torch.randn_like(plain)
+    (ours,) = torch.autograd.grad((weights * seen.by_query).sum(), raw)
+    (theirs,) = torch.autograd.grad((weights * plain).sum(), raw)
+    assert_close(ours, theirs)

@@ -149,7 +149,7 @@ def test_invp_is_the_authors_lists(
 @given(
     seed=seeds,
     images=st.integers(6, 25),
-    nearest=st.integers(1, 30),
+    nearest=st.integers(2, 30),
     k=st.integers(1, 4),
     steps=st.integers(1, 3),
     positives=st.integers(1, 30),

@@ -25,7 +25,7 @@ from kinfold.errors import UserError
 from kinfold.learner import Learner
 from kinfold.memory import Queue
 from kinfold.methods import MoCo
-from kinfold.recipe import load
+from kinfold.recipe import load as load_recipe
 from kinfold.views import Augmentation, Views
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -192,6 +192,6 @@ def test_every_batch_norm_is_synchronised_and_nothing_else_changes(monkeypatch: 
 def test_a_recipe_does_not_split_and_synchronise_at_once(splits: str) -> None:
     changes = ["batch_norm.shuffle_keys=false", "batch_norm.synchronise=true"]
     run = {"data": "digits", "out": "unused"}
-    assert load("digits", [*changes, "batch_norm.query_splits=1", "batch_norm.key_splits=1"], run=run)[0]
+    assert load_recipe("digits", [*changes, "batch_norm.query_splits=1", "batch_norm.key_splits=1"], run=run)[0]
     with pytest.raises(UserError, match=r"batch_norm\.synchronise: .* exclude each other"):
-        load("digits", [*changes, f"batch_norm.{splits}=2"], run=run)
+        load_recipe("digits", [*changes, f"batch_norm.{splits}=2"], run=run)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights from files as people have them: every wrapping of them gives the same backbone, or a message that says why."""
+"""Weights from files as people have them: every wrapping gives the same backbone, or a message that says why."""
 
 from __future__ import annotations
 
@@ -44,12 +44,8 @@ def other(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def moco(state: dict[str, Tensor]) -> dict[str, Any]:
     encoders = {**under("module.encoder_q.", state), **under("module.encoder_k.", other(state))}
-    queue = {
-        "module.queue": torch.zeros(4, 8),
-        "module.queue_ptr": torch.zeros(1),
-        "module.encoder_q.fc.0.bias": NOT_OURS,
-    }
-    return {"epoch": 200, "arch": "resnet", "state_dict": {**encoders, **queue}, "optimizer": {"state": {}}}
+    rest = {"module.encoder_q.fc.0.bias": NOT_OURS, "module.queue": NOT_OURS, "module.queue_ptr": NOT_OURS}
+    return {"epoch": 200, "arch": "resnet", "state_dict": {**encoders, **rest}, "optimizer": {"state": {}}}
 
 
 def dino(prefix: str, state: dict[str, Tensor]) -> dict[str, Any]:

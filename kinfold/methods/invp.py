@@ -56,8 +56,8 @@ class InvP(Method):
     exclude_own: bool = True
     """take the image's own key out of the second term's denominator (`exclusive` in the code); `sets: code` only"""
     sets: Literal["code", "paper"] = "code"
-    """the authors' lists or the paper's sets. Default `code`: it is the only code there is, and golden numbers exist for
-    it. Whether the published CIFAR and SVHN numbers were made with exactly it is unknown.
+    """the authors' lists or the paper's sets. Default `code`: it is the only code there is, and golden numbers exist
+    for it. Whether the published CIFAR and SVHN numbers were made with exactly it is unknown.
 
     `paper` wants `memory.repeats: false`. Read literally the paper keeps the image itself among the negatives; here
     it is left out, as the code's `exclusive` does: which one the authors meant is unknown.

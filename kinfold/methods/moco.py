@@ -12,8 +12,8 @@ The other keys come from a queue, so that there are many of them whatever the ba
 
 v1 and v2 differ in head, augmentation, temperature (0.07, 0.2) and schedule, which are the recipe's. The symmetric form
 of the CIFAR-10 notebook is `views.pairs: [[0, 1], [1, 0]]` with `combine: sum`. With `memory: batch` this is close to
-SimCLR's objective. Differs from it: keys carry no gradient, and a query meets the keys of one view only; SimCLR also has
-the other images' embeddings of the query's own view among the negatives, 2 (N − 1) in all for N images.
+SimCLR's objective. Differs from it: keys carry no gradient, and a query meets the keys of one view only; SimCLR also
+has the other images' embeddings of the query's own view among the negatives, 2 (N − 1) in all for N images.
 """
 
 from __future__ import annotations
