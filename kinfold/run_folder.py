@@ -14,7 +14,6 @@ The same command on the same folder resumes. Another recipe on it is refused, wi
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from kinfold.errors import UserError
+from kinfold.log import json_ready
 from kinfold.reading import differences, parse, plain, read_text, read_yaml, to_yaml
 from kinfold.recipe import Recipe, Run
 
@@ -150,19 +150,8 @@ def write_encoder(folder: Path, encoder: nn.Module) -> Path:
     return path
 
 
-def _finite(value: Any) -> Any:
-    """Numbers that JSON does not have as the words that metrics.jsonl has for them, which `float` reads back."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
-
-
 def write_summary(folder: Path, summary: dict[str, Any]) -> Path:
     """Write what came out of a run to `summary.json`."""
     path = folder / "summary.json"
-    write_text(path, json.dumps(_finite(summary), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(json_ready(summary), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return path
