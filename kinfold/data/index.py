@@ -101,7 +101,8 @@ def save(path: Path, meta: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]) 
         checksum = zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data, checksum)
         end += array.nbytes
     # By content: the same listing written twice, by two commands or two ranks, is the same to who holds the first.
-    said = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
+    lasting = {key: value for key, value in meta.items() if key != "listed"}  # when, which is never the same twice
+    said = hashlib.sha256(json.dumps(lasting, sort_keys=True).encode())
     for array in arrays.values():
         said.update(np.ascontiguousarray(array).view(np.uint8).data)
     token = said.hexdigest()[:32]
