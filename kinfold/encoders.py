@@ -82,7 +82,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
         """Normalise `[B, C, H, W]`."""
         if not self.training or self.splits == 1:
             return super().forward(x)
-        splits = min(self.splits, len(x))
+        splits = max(1, min(self.splits, len(x) // 2))  # one image cannot be normalised
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         mean, var = self.running_mean, self.running_var

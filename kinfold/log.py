@@ -51,7 +51,7 @@ class MetricsLog:
     def write(self, step: int, epoch: float, **values: float | Tensor) -> None:
         """Append the named numbers of `step`; tensors are of one element."""
         plain = {name: _number(value) for name, value in values.items()}
-        line = {"step": step, "epoch": epoch} | {name: _json(value) for name, value in plain.items()}
+        line = json_ready({"step": step, "epoch": epoch} | plain)
         try:
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
         except OSError as error:
@@ -200,10 +200,15 @@ def _number(value: float | Tensor) -> float:
     return value if isinstance(value, int) else float(value)
 
 
-def _json(value: float) -> float | str:
-    if math.isfinite(value):
-        return value
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+def json_ready(value: Any) -> Any:
+    """Plain values with numbers that JSON does not have as words, which `float` reads back."""
+    if isinstance(value, dict):
+        return {key: json_ready(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
 
 
 def _back(value: Any) -> float:

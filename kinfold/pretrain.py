@@ -28,7 +28,7 @@ from kinfold.optim import build_optimizer
 from kinfold.probes import Probes
 from kinfold.reading import to_yaml
 from kinfold.recipe import Recipe, Run
-from kinfold.run_folder import claim_run_folder, held, open_run_folder, write_encoder, write_summary
+from kinfold.run_folder import claimed, open_run_folder, write_encoder, write_summary
 from kinfold.training import Training, build_learner
 
 SHOWN = ("knn", "rankme", "alpha_req", "spread", "uniformity", "alignment", "target_entropy", "queue_age")
@@ -62,9 +62,11 @@ def pretrain(recipe: Recipe, run: Run, *, quiet: bool = False) -> Outcome:
     began = time.monotonic()
     training = begin(recipe, run, quiet=quiet)
     main = distributed.is_main()
+    standing = checkpoint.standing(training.folder)
     found = checkpoint.load_latest(training.folder)
     if found is not None:
         training.restore(found)
+        found = found._replace(state={})  # it is large, and all of it is in its place now
     apart = distributed.all_alike(
         {"the step to go on from": training.step, "the images": training.source.fingerprint, "the recipe": recipe}
     )
@@ -74,31 +76,34 @@ def pretrain(recipe: Recipe, run: Run, *, quiet: bool = False) -> Outcome:
             "alike."
         )
     probes = Probes(recipe, run, training.source, training.device, workers=training.loader.workers)
-    if main:
-        claim_run_folder(training.folder, recipe, run)
+    if run.compile:
+        training.learner.encoder.compile()
+        if training.learner.key_encoder is not None:
+            training.learner.key_encoder.compile()
     console = Console(training.steps, training.step, quiet=quiet)
+    with claimed(training.folder, recipe, run, standing=standing) if main else nullcontext():
+        greet(training, console, found)
+        with (
+            open_log(training.folder, run, training.step) if main else nullcontext() as log,
+            console,
+            Interrupt() as interrupt,
+        ):
+            measures, signal = loop(training, run, probes, log, console, interrupt)
+        return finish(training, began, measures, signal)
+
+
+def greet(training: Training, console: Console, found: checkpoint.Loaded | None) -> None:
+    """Say what is about to be done, and what of it is not as it should be."""
     for sentence in batch_norm_apart(training):
         console.warn(sentence)
     console.say(
-        f"{training.source.description}; {training.steps} steps of {recipe.batch_size} images on {training.device}, "
-        f"into {training.folder}"
+        f"{training.source.description}; {training.steps} steps of {training.recipe.batch_size} images on "
+        f"{training.device}, into {training.folder}"
     )
     if found is not None:
         for broken in found.skipped:
             console.warn(f"{broken}; the checkpoint before it is used")
         console.say(f"resuming from {found.path} at step {training.step}")
-    if run.compile:
-        training.learner.encoder.compile()
-        if training.learner.key_encoder is not None:
-            training.learner.key_encoder.compile()
-    with (
-        held(training.folder) if main else nullcontext(),
-        open_log(training.folder, run, training.step) if main else nullcontext() as log,
-        console,
-        Interrupt() as interrupt,
-    ):
-        measures, signal = loop(training, run, probes, log, console, interrupt)
-    return finish(training, began, measures, signal)
 
 
 def loop(
@@ -165,7 +170,8 @@ def batch_norm_apart(training: Training) -> list[str]:
     world, recipe = distributed.world(), training.recipe
     if world == 1 or recipe.batch_norm.synchronise:
         return []
-    part = recipe.batch_size // world
+    whole = recipe.batch_size // recipe.accumulate
+    part = whole // world
     ways = "set batch_norm.synchronise=true, or the splits to a multiple of the processes"
     said = []
     encoders = (("query", training.learner.encoder), ("key", training.learner.key_encoder))
@@ -181,7 +187,7 @@ def batch_norm_apart(training: Training) -> list[str]:
         elif any(isinstance(m, nn.BatchNorm1d) for m in encoder.modules()):
             said.append(
                 f"the batch norm in the {name} encoder's head sees the {part} images of one process, not all "
-                f"{recipe.batch_size}: this run is not the one that one process would make; set "
+                f"{whole}: this run is not the one that one process would make; set "
                 "batch_norm.synchronise=true if that matters"
             )
     return said

@@ -18,7 +18,7 @@ from kinfold import distributed, health
 from kinfold.data.loader import Batch
 from kinfold.data.sources import Source, Subset, open_source
 from kinfold.errors import UserError
-from kinfold.evaluate.features import Positions, extract, resize_for
+from kinfold.evaluate.features import Positions, extract, frozen, resize_for
 from kinfold.evaluate.knn import knn_scores
 from kinfold.evaluate.labelled import Labels, labels_of
 from kinfold.learner import Learner
@@ -52,6 +52,8 @@ class Probes:
                         f"probe_data: the k-NN probe compares labels, but {name} has none. Leave probe_data out, or "
                         "use class folders or a label column."
                     )
+            if self.asked.fingerprint == self.bank.fingerprint:  # every image would find itself
+                self.asked = None
             try:
                 self.labels = labels_of(self.bank, self.asked, say=_silently)
             except UserError as error:
@@ -67,14 +69,8 @@ class Probes:
 
     def measure(self, learner: Learner, batch: Batch | None, epoch: int) -> dict[str, float]:
         """Measure the query encoder as it is; `batch` is the last one trained on, if there is one."""
-        modes = [(module, module.training) for module in learner.modules()]
-        learner.eval()
-        try:
-            with torch.no_grad():
-                return self._measure(learner, batch, epoch)
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        with frozen(learner):
+            return self._measure(learner, batch, epoch)
 
     def _measure(self, learner: Learner, batch: Batch | None, epoch: int) -> dict[str, float]:
         features, positions = self._features(learner, self.bank)
@@ -136,14 +132,13 @@ class Probes:
     def _meeting(self, learner: Learner, batch: Batch, epoch: int) -> dict[str, float]:
         """How far apart the views of an image lie, and how many images share the target."""
         asks, answers = self.recipe.views.pairs[0]
-        index = batch.index
-        q = learner.encoder(batch.views[asks])  # [B, D]
         if answers is None or learner.key_encoder is None:
             return {}
+        q = learner.encoder(batch.views[asks])  # [B, D]
         k = learner.key_encoder(batch.views[answers])  # [B, D]
         measures = {"alignment": health.alignment(q, k)}
         if distributed.world() == 1:
-            seen, _ = learner.memory.compare(q, k, index)
+            seen, _ = learner.memory.compare(q, k, batch.index)
             target = learner.method.target(seen)
             if target is not None:
                 entropy = health.target_entropy(target)

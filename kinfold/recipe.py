@@ -9,8 +9,6 @@ What is unknown or of a wrong type is refused at load time, with its path and th
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import fields
@@ -24,7 +22,7 @@ from kinfold.errors import UserError
 from kinfold.memory import BankMemory, MemorySettings
 from kinfold.methods import InvP, MethodSettings
 from kinfold.optim import KeyMomentum, OptimizerSettings, RateSettings
-from kinfold.reading import assign, parse, plain, read_text, read_yaml
+from kinfold.reading import assign, parse, read_text, read_yaml
 from kinfold.settings import settings
 from kinfold.views import PRESETS, Views
 
@@ -225,8 +223,3 @@ def json_schema() -> dict[str, Any]:
         "description": "a preset, under the settings that stand beside it",
     }
     return schema
-
-
-def digest(recipe: Recipe) -> str:
-    """Eight hex digits that stand for a recipe."""
-    return hashlib.sha256(json.dumps(plain(recipe), sort_keys=True).encode()).hexdigest()[:8]

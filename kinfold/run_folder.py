@@ -14,11 +14,10 @@ The same command on the same folder resumes. Another recipe on it is refused, wi
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +25,36 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
+from kinfold import checkpoint
 from kinfold.errors import UserError
+from kinfold.log import json_ready
 from kinfold.reading import differences, parse, plain, read_text, read_yaml, to_yaml
 from kinfold.recipe import Recipe, Run
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all. Raises `UserError` where the disk refuses."""
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Lend the name of a file that takes the place of `path` when all is written to it, also after a power cut.
+
+    Raises `UserError` where the disk refuses; then `path` is as it was.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
         partial.replace(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} could not be written: {reason}. Free some space or choose another out=.") from None
+    finally:
         partial.unlink(missing_ok=True)
-        raise UserError(
-            f"{path} could not be written: {error.strerror}. Free some space or choose another out=."
-        ) from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all. Raises `UserError` where the disk refuses."""
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 WRITTEN = ("run.yaml", "metrics.jsonl", "summary.json", "backbone.safetensors", "backbone.md", "encoder.safetensors")
@@ -80,19 +93,25 @@ def open_run_folder(recipe: Recipe, run: Run) -> Path:
     return folder
 
 
-def claim_run_folder(folder: Path, recipe: Recipe, run: Run) -> None:
-    """Make the folder and write `recipe.yaml` and `run.yaml` into it: from now on it is that of this run.
+@contextmanager
+def claimed(folder: Path, recipe: Recipe, run: Run, *, standing: list[Path]) -> Iterator[None]:
+    """Make the folder that of this run, with `recipe.yaml` and `run.yaml`, and keep others out until it is done.
 
-    Done when everything else that was given has been found good, so that a mistake leaves no folder behind that would
-    refuse its own correction. Raises `UserError` where it cannot be written.
+    Entered when everything else that was given has been found good, so that a mistake leaves nothing behind that would
+    refuse its own correction. `standing` are the checkpoints that were there when the newest was read. Raises
+    `UserError` where the folder cannot be written, or another process has written checkpoints to it meanwhile.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"out: {folder} could not be made: {error.strerror}. Choose another out=.") from None
-    if not (folder / "recipe.yaml").exists():
-        write_text(folder / "recipe.yaml", to_yaml(recipe))
-    write_text(folder / "run.yaml", to_yaml(run))
+    with held(folder):
+        if checkpoint.standing(folder) != standing:
+            raise UserError(f"out: another process has gone on in {folder} meanwhile. Give the same command again.")
+        if not (folder / "recipe.yaml").exists():
+            write_text(folder / "recipe.yaml", to_yaml(recipe))
+        write_text(folder / "run.yaml", to_yaml(run))
+        yield
 
 
 @contextmanager
@@ -123,6 +142,9 @@ def held(folder: Path, *, patience: float = 10.0) -> Iterator[None]:
                 break
         yield
     finally:
+        # Let go of it by name: a child that was forked meanwhile has the file open too.
+        with suppress(OSError):
+            fcntl.flock(place, fcntl.LOCK_UN)
         os.close(place)
 
 
@@ -139,30 +161,14 @@ def read_recipe(folder: Path) -> Recipe:
 def write_encoder(folder: Path, encoder: nn.Module) -> Path:
     """Write backbone, head and predictor of a query encoder to `encoder.safetensors`, whole or not at all."""
     path = folder / "encoder.safetensors"
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with whole(path) as partial:
         # Copies: safetensors refuses tensors that are not contiguous.
         save_file({k: v.detach().cpu().contiguous().clone() for k, v in encoder.state_dict().items()}, partial)
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written: {error}. Free some space or choose another out=.") from None
     return path
-
-
-def _finite(value: Any) -> Any:
-    """Numbers that JSON does not have as the words that metrics.jsonl has for them, which `float` reads back."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> Path:
     """Write what came out of a run to `summary.json`."""
     path = folder / "summary.json"
-    write_text(path, json.dumps(_finite(summary), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(json_ready(summary), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return path

@@ -3,7 +3,7 @@
 
 Types are strict: `true` is no number, `"on"` is no truth value, `"0.1"` is no float; a whole number is taken where
 a float is expected, because `epochs: 200` and `base: 1` are what people write. YAML's own traps (`1e-6` is a string
-to YAML 1.1) are removed where the YAML is read, in `kinfold.recipe`.
+to YAML 1.1) are removed where the YAML is read, in `kinfold.reading`.
 """
 
 from __future__ import annotations

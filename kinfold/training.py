@@ -211,7 +211,7 @@ class Training:
 
 def split(batch: Batch, parts: int) -> list[Batch]:
     """Cut a batch into at most `parts` consecutive ones of nearly the same size."""
-    if len(batch.index) % parts:  # the last batch of an epoch
+    if len(batch.index) % parts or len(batch.index) < 2 * parts:  # the last batch of an epoch
         parts = max(1, min(parts, len(batch.index) // 2))  # batch norm has no use for one image
     if parts == 1:
         return [batch]

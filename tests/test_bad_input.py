@@ -319,7 +319,7 @@ def test_a_probe_without_labels_or_with_other_classes_is_refused_before_the_firs
         own(tmp_path / "photos", tmp_path / "run", f"probe_data={tmp_path / 'others'}")
     assert not (tmp_path / "run").exists()
     done = own(tmp_path / "photos", tmp_path / "run", f"probe_data={tmp_path / 'photos'}", "epochs=1")
-    assert done.measures["knn"] == 100, "the images asked are those that answer"
+    assert done.measures["knn"] < 100, "the images asked are those that answer, and none may find itself"
 
 
 def test_a_probe_of_one_image_measures_what_one_image_can_tell(tmp_path: Path) -> None:

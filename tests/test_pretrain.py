@@ -106,3 +106,10 @@ def test_half_a_minute_of_digits_teaches_kinship(tmp_path: Path) -> None:
     done = go(tmp_path / "run", recipe, limit=1437, probe_every=12)
     knn = [line["probe/knn"] for line in read_metrics(done.folder) if "probe/knn" in line]
     assert knn[-1] > knn[0] + 5, f"k-NN went from {knn[0]} to {knn[-1]}"
+
+
+@pytest.mark.parametrize("rest", [2, 4, 7])
+def test_a_short_last_batch_with_splits_and_parts_trains(rest: int, tmp_path: Path) -> None:
+    recipe = tiny("invp", batch_norm={"query_splits": 4}, accumulate=4, epochs=1)
+    done = go(tmp_path / "run", recipe, limit=64 + rest, probe_every=0)
+    assert done.step == 3

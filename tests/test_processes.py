@@ -161,6 +161,25 @@ def test_several_processes_say_where_batch_norm_sees_less(monkeypatch: pytest.Mo
     assert said(batch_norm={"synchronise": True}) == []
 
 
+def disagree(rank: int, port: int, out: str) -> None:
+    """Tell the other rank two facts, one of them another."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    distributed.start("cpu")
+    Path(out, f"{rank}.txt").write_text(",".join(distributed.all_alike({"step": 7, "images": f"of rank {rank}"})))
+    distributed.stop()
+
+
+def test_ranks_find_out_what_they_do_not_agree_on(tmp_path: Path) -> None:
+    port = free_port()
+    pair = [processes.Process(target=disagree, args=(rank, port, str(tmp_path))) for rank in range(2)]
+    for process in pair:
+        process.start()
+    for process in pair:
+        process.join(60)
+        assert process.exitcode == 0
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == ["images", "images"]
+
+
 def test_torchrun_starts_two_processes_and_leaves_one_run_folder(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(to_yaml(tiny("sce", epochs=1, batch_norm={"query_splits": 2, "key_splits": 2})))

@@ -331,7 +331,9 @@ def test_labels_that_are_missing_are_no_labels(tmp_path: Path) -> None:
     parquet(tmp_path / "a.parquet", cells(2, label=[-1, -1]))
     parquet(tmp_path / "b.parquet", cells(2, label=[1, None]))
     assert open_source(str(tmp_path / "a.parquet")).labels is None
-    assert open_source(str(tmp_path / "b.parquet")).labels is None
+    some = open_source(str(tmp_path / "b.parquet")).labels
+    assert some is not None
+    assert some.tolist() == [1, -1], "a row without a label has -1, whatever the others have"
 
 
 def test_a_rewritten_table_is_read_anew(tmp_path: Path) -> None:
@@ -599,3 +601,28 @@ def test_a_held_out_part_of_unlabelled_images_is_drawn_from_all(tmp_path: Path) 
     for share in (0.0, 0.01, 1.0):
         with pytest.raises(UserError, match="at least one"):
             split_off(source, share, seed=0)
+
+
+def test_a_folder_listed_twice_is_the_same_to_who_holds_the_first_listing(tmp_path: Path) -> None:
+    photos = write(tmp_path / "photos", "a.png", "b.png")
+    listings = tmp_path / "listings"
+    travelling = pickle.dumps(open_source(str(photos), cache=listings))
+    for listing in (listings / "index").iterdir():
+        listing.unlink()  # listed anew, as two ranks on a cold cache do
+    again = open_source(str(photos), cache=listings)
+    assert pickle.loads(travelling).name(1) == again.name(1)
+
+
+def test_all_splits_of_a_table_open_where_only_one_has_labels(tmp_path: Path) -> None:
+    import datasets
+
+    rows = {"image": [{"bytes": b"x", "path": None}] * 3}
+    features = {"image": datasets.Image(decode=False)}
+    labelled = datasets.Features({**features, "label": datasets.ClassLabel(names=["cat", "dog"])})
+    datasets.Dataset.from_dict({**rows, "label": [0, 1, 1]}, features=labelled).to_parquet(tmp_path / "train.parquet")
+    datasets.Dataset.from_dict(rows, features=datasets.Features(features)).to_parquet(tmp_path / "test.parquet")
+    everything = open_source(str(tmp_path), split="all", cache=tmp_path / "cache")
+    assert len(everything) == 6
+    assert everything.labels is not None
+    assert sorted(everything.labels.tolist()) == [-1, -1, -1, 0, 1, 1]
+    assert everything.classes == ("cat", "dog")

@@ -191,20 +191,11 @@ class FolderSource:
         return os.path.join(self.root, self._relative(i).decode("utf-8", "backslashreplace"))
 
     def __getstate__(self) -> dict[str, Any]:
-        # A worker maps the index file itself; only a listing that is not on disk travels by value.
-        state = self.__dict__.copy()
-        del state["_names"]
-        if self._content.file is not None:
-            state["_content"] = (self._content.file, self._content.token)
-        return state
+        state = {key: value for key, value in self.__dict__.items() if key != "_names"}
+        return {**state, "_content": index.packed(self._content)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        content = state["_content"]
-        if not isinstance(content, index.Index):
-            file, token = content
-            content = index.load(file)
-            if content is None or content.token != token:
-                raise UserError(f"{state['root']} changed while processes were being started; start again.")
+        content = index.unpacked(state["_content"], state["root"])
         self.__dict__.update(state, _content=content)
         self._names = index.Names(content.arrays["names"], content.arrays["offsets"])
 

@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from kinfold.errors import UserError
+
 _FORMAT = b"KINFIDX1"
 _ALIGNMENT = 64
 
@@ -99,7 +101,8 @@ def save(path: Path, meta: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]) 
         checksum = zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data, checksum)
         end += array.nbytes
     # By content: the same listing written twice, by two commands or two ranks, is the same to who holds the first.
-    said = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
+    lasting = {key: value for key, value in meta.items() if key != "listed"}  # when, which is never the same twice
+    said = hashlib.sha256(json.dumps(lasting, sort_keys=True).encode())
     for array in arrays.values():
         said.update(np.ascontiguousarray(array).view(np.uint8).data)
     token = said.hexdigest()[:32]
@@ -153,3 +156,22 @@ def load(path: Path) -> Index | None:
         return Index(dict(header["meta"]), arrays, path, str(header["token"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def packed(content: Index) -> Index | tuple[Path, str]:
+    """What of an index travels to another process: where its file is, which that process maps itself.
+
+    Only an index that is not on disk travels by value.
+    """
+    return content if content.file is None else (content.file, content.token)
+
+
+def unpacked(what: Index | tuple[Path, str], where: str) -> Index:
+    """The index that `packed` was given. Raises `UserError`, naming `where`, if another has been written since."""
+    if isinstance(what, Index):
+        return what
+    file, token = what
+    content = load(file)
+    if content is None or content.token != token:
+        raise UserError(f"{where} changed while processes were being started; start again.")
+    return content

@@ -136,16 +136,32 @@ def open_files(files: Sequence[str], *, where: str, split: str, cache: Path | No
         chosen = choose(split, groups, where=where)
     paths = [path for name in chosen for path in groups[name]]
     parts = []
-    for kind in ("parquet", "arrow"):
-        these = [path for path in paths if path.lower().endswith(f".{kind}")]
-        if these:
-            parts.append(_load(kind, these, where, cache))
+    for name in chosen:
+        for kind in ("parquet", "arrow"):
+            these = [path for path in groups[name] if path.lower().endswith(f".{kind}")]
+            if these:
+                parts.append(_load(kind, these, where, cache))
     try:
-        rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+        rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(_aligned(parts))
     except ValueError as error:
         raise UserError(f"The files of {where} hold different columns: {error}") from error
     folder = where if os.path.isdir(where) else os.path.dirname(where)
     return TableSource(rows, where=where, split=_title(split, chosen), sign=_sign(paths), folder=folder)
+
+
+def _aligned(parts: list[Any]) -> list[Any]:
+    """Splits with the same columns: those that all have, and the label, -1 where a split has none."""
+    shared = [name for name in parts[0].column_names if all(name in part.column_names for part in parts)]
+    label = next((found for part in parts if (found := _label_column(part)) is not None), None)
+    if label is None or label in shared:
+        return [part.select_columns(shared) for part in parts]
+    kind = next(part.features[label] for part in parts if label in part.column_names)
+    filled = []
+    for part in parts:
+        if label not in part.column_names:
+            part = part.add_column(label, [-1] * len(part)).cast_column(label, kind)
+        filled.append(part.select_columns([*shared, label]))
+    return filled
 
 
 def _title(split: str, chosen: list[str]) -> str:
@@ -308,16 +324,15 @@ def _label_column(rows: Any) -> str | None:
 
 
 def _labels(rows: Any, column: str | None) -> tuple[npt.NDArray[np.int64] | None, tuple[str, ...] | None]:
-    """Read the labels [N]; none where any row has none (null, or the customary -1)."""
+    """Read the labels [N], -1 for rows without one (null, or any negative number); none where no row has one."""
     import datasets
 
     if column is None or len(rows) == 0:
         return None, None
     values = rows.select_columns([column]).with_format("arrow")[:].column(column)
-    if values.null_count:
-        return None, None
-    labels = values.to_numpy().astype(np.int64)  # [N]
-    if labels.min() < 0:
+    labels = values.fill_null(-1).to_numpy().astype(np.int64)  # [N]
+    labels[labels < 0] = -1
+    if labels.max() < 0:
         return None, None
     kind = rows.features[column]
     return labels, tuple(kind.names) if isinstance(kind, datasets.ClassLabel) else None

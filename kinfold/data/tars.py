@@ -116,18 +116,10 @@ class TarSource:
 
     def __getstate__(self) -> dict[str, Any]:
         state = {key: value for key, value in self.__dict__.items() if key not in _ATTACHED}
-        if self._content.file is not None:
-            state["_content"] = (self._content.file, self._content.token)
-        return state
+        return {**state, "_content": index.packed(self._content)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        content = state["_content"]
-        if not isinstance(content, index.Index):
-            file, token = content
-            content = index.load(file)
-            if content is None or content.token != token:
-                raise UserError(f"{state['paths'][0]} changed while processes were being started; start again.")
-        self.__dict__.update(state, _content=content)
+        self.__dict__.update(state, _content=index.unpacked(state["_content"], state["paths"][0]))
         self._attach()
 
 

@@ -145,9 +145,13 @@ def _test_source(
     """The images to be asked: another set, or the test split of the same; None where there is none."""
     if other is not None:
         try:
-            return open_source(other, split=split, limit=limit)
+            given = open_source(other, split=split, limit=limit)
         except UserError:
-            return open_source(other, limit=limit)  # a set without splits is all test
+            given = open_source(other, limit=limit)  # a set without splits is all test
+        if given.fingerprint == train.fingerprint:  # every image would find itself
+            say("The test images are the training images, so each is left out when it asks.")
+            return None
+        return given
     try:
         test = open_source(data, split=split, limit=limit)
     except UserError:

@@ -24,6 +24,7 @@ from kinfold.data.sources import Source
 from kinfold.encoders import feature_width
 from kinfold.errors import UserError
 from kinfold.evaluate.backbones import FrozenBackbone, hash_of
+from kinfold.log import json_ready
 
 FORMAT = 1
 
@@ -106,7 +107,7 @@ def write_result(result: dict[str, Any], out: Path) -> Path:
     Numbers that JSON does not have (NaN, infinity) become null. Raises `UserError` where the disk refuses.
     """
     path = out if out.suffix == ".json" else out / file_name(result)
-    text = json.dumps(_finite(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(json_ready(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,18 +116,8 @@ def write_result(result: dict[str, Any], out: Path) -> Path:
     except OSError as error:
         raise UserError(
             f"The result could not be written to {path}: {error.strerror or error}. The numbers were: "
-            f"{json.dumps(_finite(result['values']))}. Give another out=."
+            f"{json.dumps(json_ready(result['values']))}. Give another out=."
         ) from error
     finally:
         partial.unlink(missing_ok=True)
     return path
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    return value
