@@ -82,7 +82,9 @@ class SplitBatchNorm(nn.BatchNorm2d):
         """Normalise `[B, C, H, W]`."""
         if not self.training or self.splits == 1:
             return super().forward(x)
-        splits = max(1, min(self.splits, len(x) // 2))  # one image cannot be normalised
+        # A map of one pixel gives a group of one image a single value a channel, which cannot be normalised.
+        most = len(x) if x.shape[2] * x.shape[3] > 1 else max(1, len(x) // 2)
+        splits = min(self.splits, most)
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         mean, var = self.running_mean, self.running_var
