@@ -71,7 +71,7 @@ def main() -> None:
             done = pretrain(recipe, run)
             seconds = time.monotonic() - began
             if done.signal is not None:
-                raise SystemExit(f"Stopped by signal {done.signal} at step {done.step} of {done.steps}: nothing is written.")
+                raise SystemExit(f"Stopped at step {done.step} of {done.steps}: nothing is written.")
             after = knn(rebuild_backbone(done.folder / "backbone.safetensors")[0], recipe, bank, asked, words.k)
             runs.append(
                 {
