@@ -67,7 +67,10 @@ def train(words: list[str], given: argparse.Namespace, out: Path) -> tuple[Recip
     if given.limit is not None:
         wanted["limit"] = given.limit
     recipe, run = load(given.recipe, ["checkpoint_every=1000", "log_every=20", *given.settings, *words], run=wanted)
-    return recipe, pretrain(recipe, run, quiet=True)
+    done = pretrain(recipe, run, quiet=True)
+    if done.signal is not None:
+        raise SystemExit(f"Stopped at step {done.step} of {done.steps}: nothing is written.")
+    return recipe, done
 
 
 def main() -> None:
