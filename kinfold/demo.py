@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import typer
@@ -13,6 +12,7 @@ from kinfold.data.sources import open_source
 from kinfold.embeddings import embed
 from kinfold.evaluate import evaluate
 from kinfold.evaluate.features import extract, load_backbone
+from kinfold.log import read_metrics
 from kinfold.pretrain import pretrain
 from kinfold.recipe import load
 
@@ -27,8 +27,7 @@ def demo(out: Path) -> None:
     if done.signal is not None:
         typer.echo(f"Stopped at step {done.step} of {done.steps}. `kinfold demo` goes on from there.")
         raise typer.Exit(128 + done.signal)
-    lines = (json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    knn = [line["probe/knn"] for line in lines if "probe/knn" in line]
+    knn = [line["probe/knn"] for line in read_metrics(out) if "probe/knn" in line]
     result = evaluate("knn", str(out), "digits")
     written = embed(str(out), "digits", out / "embeddings.parquet", split="all")
     backbone = load_backbone(str(out))

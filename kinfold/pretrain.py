@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from kinfold.evaluate.features import bar
 from kinfold.export import export_backbone
 from kinfold.interrupt import Interrupt
 from kinfold.log import MetricsLog, Sink, read_metrics
+from kinfold.meter import Meter
 from kinfold.optim import build_optimizer
 from kinfold.probes import Probes
 from kinfold.reading import to_yaml
@@ -117,14 +117,13 @@ def loop(
     terms: dict[str, float] = {}
     meter, told = Meter(), 0
 
-    def probe_if_due(epochs: int) -> None:
+    def probe_if_due(epochs: int, seen: dict[str, float] | None = None) -> None:
         """After so many epochs, look at the encoder where the run asks for it; the main process does, others wait."""
         if not run.probe_every or (epochs % run.probe_every and epochs != recipe.epochs):
             return
         if log is not None:
             before = dict(measures)
             measures.clear()
-            seen = probed(log.path.parent, training.step)
             measures.update(seen or probes.measure(training.learner, batch, epochs))
             measures["momentum"] = training.momentum
             if terms:
@@ -139,7 +138,8 @@ def loop(
         meter.read()
 
     if training.step % per_epoch == 0:  # before the first epoch, or where a run was stopped before it could look
-        probe_if_due(training.step // per_epoch)
+        seen = None if log is None else probed(training.folder, training.step)
+        probe_if_due(training.step // per_epoch, seen)
     for epoch in range(training.step // per_epoch, recipe.epochs):
         for batch in meter.over(loader.epoch(epoch, training.step % per_epoch)):
             rate, losses = training.rate, training.take_step(batch, epoch)
@@ -262,34 +262,6 @@ def name_unreadable(loader: Loader, source: Source, console: Console, told: int,
     if told <= most < len(loader.bad):
         console.warn("more images could not be read; summary.json will name them all")
     return max(told, min(len(loader.bad), most + 1))
-
-
-class Meter:
-    """Counts images and the time spent waiting for them between two readings."""
-
-    def __init__(self) -> None:
-        self.images = 0
-        self.waited = 0.0
-        self.since = time.monotonic()
-
-    def over(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Pass the batches on, and count how long each took to come."""
-        while True:
-            began = time.monotonic()
-            batch = next(batches, None)
-            self.waited += time.monotonic() - began
-            if batch is None:
-                return
-            self.images += len(batch.index) * distributed.world()
-            yield batch
-
-    def read(self) -> tuple[float, float]:
-        """Images per second, and the share of time spent waiting for data, since the last reading."""
-        now = time.monotonic()
-        seconds = max(now - self.since, 1e-9)
-        speed, waiting = self.images / seconds, min(self.waited / seconds, 1.0)
-        self.images, self.waited, self.since = 0, 0.0, now
-        return speed, waiting
 
 
 def finish(training: Training, began: float, measures: dict[str, float], signal: int | None) -> Outcome:
