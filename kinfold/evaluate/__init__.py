@@ -9,31 +9,49 @@ under `recipes/evaluate`.
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from kinfold.data.decode import Undecodable
-from kinfold.data.sources import Source, open_source
+from kinfold import distributed
+from kinfold.data.index import cache_root
 from kinfold.devices import choose_device, choose_workers
 from kinfold.errors import UserError
 from kinfold.evaluate.backbones import FrozenBackbone, load_backbone
+from kinfold.evaluate.conditions import tell
 from kinfold.evaluate.knn import KNN
 from kinfold.evaluate.knn import knn as by_knn
-from kinfold.evaluate.labelled import Labelled, tell
+from kinfold.evaluate.labelled import Labelled, open_labelled
 from kinfold.evaluate.linear import Linear
 from kinfold.evaluate.linear import linear as by_linear
-from kinfold.evaluate.results import about_backbone, about_machine, about_source, check_place, versions, write_result
+from kinfold.evaluate.protocol import Protocol, Request
+from kinfold.evaluate.results import (
+    about_backbone,
+    about_machine,
+    check_place,
+    file_name,
+    folder_of,
+    versions,
+    write_result,
+)
 from kinfold.reading import assign, parse, plain, read_text, read_yaml
 from kinfold.recipe import RECIPES, find_recipe
 
 __all__ = ["KNN", "PROTOCOLS", "FrozenBackbone", "Labelled", "Linear", "evaluate", "load_backbone", "load_protocol"]
 
-PROTOCOLS: dict[str, tuple[type[Any], Callable[[FrozenBackbone, Labelled, Any], dict[str, float]]]] = {
-    "knn": (KNN, by_knn),
-    "linear": (Linear, by_linear),
+_ACCURACY = "percent of the test images"
+
+PROTOCOLS: dict[str, Protocol] = {
+    "knn": Protocol(settings=KNN, measure=by_knn, open=open_labelled, unit=_ACCURACY),
+    "linear": Protocol(
+        settings=Linear,
+        measure=by_linear,
+        open=open_labelled,
+        unit=f"{_ACCURACY}; best_epoch is a number of an epoch, from 1",
+    ),
 }
 
 
@@ -54,7 +72,7 @@ def load_protocol(protocol: str, recipe: str = "default", overrides: Sequence[st
         if not sign or not key:
             raise UserError(f"{word!r} is no setting. Write key=value, for example epochs=50 or neighbours=[200].")
         assign(values, key, read_yaml(text, source=word) if text.strip() else None)
-    return parse(PROTOCOLS[protocol][0], values, source=source)
+    return parse(PROTOCOLS[protocol].settings, values, source=source)
 
 
 def evaluate(
@@ -64,9 +82,9 @@ def evaluate(
     *,
     recipe: str = "default",
     overrides: Sequence[str] = (),
-    train_split: str = "train",
+    train_split: str | None = None,
     test_data: str | None = None,
-    test_split: str = "test",
+    test_split: str | None = None,
     out: Path | None = None,
     device: str = "auto",
     workers: int | None = None,
@@ -74,16 +92,19 @@ def evaluate(
     size: int | None = None,
     resize: int | None = None,
     batch_size: int = 256,
+    cache: bool = True,
     say: Callable[[str], None] = tell,
 ) -> dict[str, Any]:
-    """Measure a backbone on labelled images, write the result as JSON, and return it with its `file`.
+    """Measure a backbone by a protocol, write the result as JSON, and return it with its `file`.
 
-    `data` is split by its own splits, `test_data` is another set to be asked. Without either, k-NN leaves each image
-    out in turn and the linear classifier holds a fifth out. `limit` takes that many images of each. `size` and
-    `resize` take the place of the backbone's (and the recipe's). The file goes to `out` (a folder or a .json file),
-    else to `evaluate/` in the run folder, else to `evaluate/` here.
+    `data` is split by its own splits, `test_data` is another set to be asked; each protocol says which splits it takes
+    where none are named, and what it does without a test set. `limit` takes that many images of each. `size` and
+    `resize` take the place of the backbone's (and the recipe's). Features are kept for the next protocol unless
+    `cache` is false. The file goes to `out` (a folder or a .json file), else to `evaluate/` in the run folder, else to
+    `evaluate/` here. A long protocol that was stopped goes on when it is called again with the same arguments; several
+    processes of torchrun share the work.
 
-    Raises `UserError` for anything given that cannot work.
+    Raises `UserError` for anything given that cannot work, and `Stopped` where a signal has ended it.
     """
     if out is not None:
         check_place(out)
@@ -92,99 +113,58 @@ def evaluate(
 
     def note(text: str) -> None:
         notes.append(text)
-        say(text)
+        if distributed.is_main():
+            say(text)
 
     settings = load_protocol(protocol, recipe, overrides)
-    train = open_source(data, split=train_split, limit=limit)
-    test = _test_source(data, train, test_data, test_split, limit, note)
+    how = PROTOCOLS[protocol]
     loaded = load_backbone(backbone) if isinstance(backbone, str) else backbone
     if size is not None:
         loaded = dataclasses.replace(loaded, size=size, resize=resize)
-        settings = _at_size(settings, size, resize)
+        settings = settings.at_size(size, resize) if hasattr(settings, "at_size") else settings
     elif resize is not None:
         loaded = dataclasses.replace(loaded, resize=resize)
     where = choose_device(device)
-    if isinstance(settings, Linear) and settings.test_size not in (None, loaded.size):
+    distributed.start(where.type)
+    if getattr(settings, "test_size", None) not in (None, loaded.size):
         note(
             f"The images are {settings.test_size} pixels wide here, as the recipe says; {loaded.description} was made "
             f"for {loaded.size}. Set size={loaded.size} to measure it at its own size."
         )
-    labelled = Labelled(
-        train=train,
-        test=test,
-        device=str(where),
-        workers=_workers(train, workers, choose_workers),
-        batch_size=batch_size,
-        say=note,
-    )
+    conditions: dict[str, Any] = {
+        "device": str(where),
+        "workers": choose_workers(workers),
+        "batch_size": batch_size,
+        "say": note,
+        "cache": cache_root(None) / "features" if cache else None,
+    }
+    request = Request(data, train_split, test_data, test_split, limit, workers)
+    opened = how.open(request, settings, conditions)
     started = datetime.now(UTC)
-    values = PROTOCOLS[protocol][1](loaded.to(where), labelled, settings)
     result: dict[str, Any] = {
         "format": 1,
         "protocol": protocol,
         "recipe": recipe,
         "settings": plain(settings),
         "backbone": about_backbone(loaded),
-        "data": {"train": about_source(train), "test": about_source(test)},
+        "data": opened.about(),
+    }
+    place = out if out is not None else (loaded.folder or Path()) / "evaluate"
+    progress = folder_of(place) / f"{file_name(result).removesuffix('.json')}.progress"
+    values = how.measure(loaded.to(where), dataclasses.replace(opened, progress=progress), settings)
+    result |= {
         "values": values,
-        "unit": "percent of the test images; best_epoch is a number of an epoch, from 1",
+        "unit": how.unit,
+        "limit": limit,
         "notes": notes,
         "machine": about_machine(str(where)),
         "versions": versions(),
         "started": started.isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - began, 2),
     }
-    folder = loaded.folder if loaded.folder is not None else Path()
-    path = write_result(result, out if out is not None else folder / "evaluate")
+    path = place if place.suffix == ".json" else place / file_name(result)
+    if distributed.is_main():
+        write_result(result, path)
+        shutil.rmtree(progress, ignore_errors=True)  # nobody will go on from here
+    distributed.wait_for_all()
     return {**result, "file": str(path)}
-
-
-def _test_source(
-    data: str, train: Source, other: str | None, split: str, limit: int | None, say: Callable[[str], None]
-) -> Source | None:
-    """The images to be asked: another set, or the test split of the same; None where there is none."""
-    if other is not None:
-        try:
-            given = open_source(other, split=split, limit=limit)
-        except UserError:
-            given = open_source(other, limit=limit)  # a set without splits is all test
-        if given.fingerprint == train.fingerprint:  # every image would find itself
-            say("The test images are the training images, so each is left out when it asks.")
-            return None
-        return given
-    try:
-        test = open_source(data, split=split, limit=limit)
-    except UserError:
-        if split != "test":  # asked for by name
-            raise
-        return None
-    if test.labels is None and train.labels is not None and split == "test":
-        say(f"The test split has no labels and is not used: {test.description}.")
-        return None
-    return None if test.fingerprint == train.fingerprint else test
-
-
-def _workers(source: Source, asked: int | None, choose: Callable[[int | None], int]) -> int:
-    """Processes that decode: none where images come decoded or are few, for starting them takes longer."""
-    if asked is None and (len(source) < 2000 or _comes_decoded(source)):
-        return 0
-    return choose(asked)
-
-
-def _comes_decoded(source: Source) -> bool:
-    try:
-        return not isinstance(source.read(0), bytes)
-    except (Undecodable, OSError):
-        return False
-
-
-def _at_size(settings: Any, size: int, resize: int | None) -> Any:
-    """Put a size into the settings that name one."""
-    if not isinstance(settings, Linear):
-        return settings
-    augment = None if settings.augment is None else dataclasses.replace(settings.augment, size=size)
-    if settings.test_size is None:
-        return dataclasses.replace(settings, augment=augment)
-    if resize is None and settings.test_resize is not None:  # as much is cut off at the edges as the recipe says
-        resize = round(settings.test_resize * size / settings.test_size)
-    return dataclasses.replace(settings, augment=augment, test_size=size, test_resize=resize)

@@ -3,40 +3,37 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kinfold.data.sources import Source
+from kinfold.data.decode import Undecodable
+from kinfold.data.sources import Source, open_source
 from kinfold.errors import UserError
 from kinfold.evaluate.backbones import FrozenBackbone
+from kinfold.evaluate.conditions import Conditions, tell
 from kinfold.evaluate.features import Positions, extract, left_out, resize_for
+from kinfold.evaluate.protocol import Request
+from kinfold.evaluate.results import about_source
 
 Labels = NDArray[np.int64]
 
 
-def tell(text: str) -> None:
-    """Say something to the person, beside the results."""
-    print(text, file=sys.stderr, flush=True)
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Labelled:
-    """What a protocol is given: images with labels, and how to read them."""
+class Labelled(Conditions):
+    """Images with labels: a set to learn from, and a set to be asked."""
 
     train: Source
     test: Source | None = None
     """images that were not learned from; each protocol says what it does without"""
-    device: str = "cpu"
-    workers: int = 0
-    batch_size: int = 256
-    """images a forward pass; changes nothing in the result but the last bits"""
-    say: Callable[[str], None] = tell
-    """where remarks go that a reader of the numbers should know"""
+
+    def about(self) -> dict[str, Any]:
+        """Say which images they are, for the result file."""
+        return {"train": about_source(self.train), "test": about_source(self.test)}
 
     def features(
         self,
@@ -76,6 +73,51 @@ class Labelled:
         if remark is not None:
             self.say(remark)
         return found
+
+
+def open_labelled(request: Request, settings: object, conditions: dict[str, Any]) -> Labelled:
+    """Open what was asked for: the data's own splits, or another set to be asked.
+
+    Usual splits: train, and test (or validation) where there is one.
+    """
+    train = open_source(request.data, split=request.train_split or "train", limit=request.limit)
+    test = _test_source(request, train, conditions["say"])
+    if request.workers is None and (len(train) < 2000 or _comes_decoded(train)):
+        conditions = {**conditions, "workers": 0}  # starting processes would take longer than they save
+    return Labelled(train=train, test=test, **conditions)
+
+
+def _comes_decoded(source: Source) -> bool:
+    try:
+        return not isinstance(source.read(0), bytes)
+    except (Undecodable, OSError):
+        return False
+
+
+def _test_source(request: Request, train: Source, say: Callable[[str], None]) -> Source | None:
+    """The images to be asked: another set, or the test split of the same; None where there is none."""
+    split, limit = request.test_split or "test", request.limit
+    if request.test_data is not None:
+        try:
+            given = open_source(request.test_data, split=split, limit=limit)
+        except UserError:
+            if request.test_split is not None:  # asked for by name
+                raise
+            given = open_source(request.test_data, limit=limit)  # a set without splits is all test
+        if given.fingerprint == train.fingerprint:  # every image would find itself
+            say("The test images are the training images, so each is left out when it asks.")
+            return None
+        return given
+    try:
+        test = open_source(request.data, split=split, limit=limit)
+    except UserError:
+        if request.test_split is not None:
+            raise
+        return None
+    if test.labels is None and train.labels is not None and request.test_split is None:
+        say(f"The test split has no labels and is not used: {test.description}.")
+        return None
+    return None if test.fingerprint == train.fingerprint else test
 
 
 def labels_of(train: Source, test: Source | None, *, say: Callable[[str], None] = tell) -> tuple[Labels, Labels, int]:

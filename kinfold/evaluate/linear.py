@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import numpy as np
@@ -88,6 +89,15 @@ class Linear:
                 "pad_crop: takes the place of the crop, so augment is needed, with scale: [1.0, 1.0] and "
                 "ratio: [1.0, 1.0]"
             )
+
+    def at_size(self, size: int, resize: int | None) -> Linear:
+        """The same protocol for images of another side, cut from a short side in the same proportion."""
+        augment = None if self.augment is None else replace(self.augment, size=size)
+        if self.test_size is None:
+            return replace(self, augment=augment)
+        if resize is None and self.test_resize is not None:  # as much is cut off at the edges as the recipe says
+            resize = round(self.test_resize * size / self.test_size)
+        return replace(self, augment=augment, test_size=size, test_resize=resize)
 
 
 class Classifier:

@@ -84,6 +84,11 @@ def file_name(result: dict[str, Any]) -> str:
     return f"{result['protocol']}-{recipe}-{digest}.json"
 
 
+def folder_of(out: Path) -> Path:
+    """The folder that results for `out`, a folder or a `.json` file, lie in."""
+    return out.parent if out.suffix == ".json" else out
+
+
 def check_place(out: Path) -> None:
     """Refuse, before hours are spent, a place that is taken. Raises `UserError` for a file that is no result."""
     if out.suffix != ".json":
