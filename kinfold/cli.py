@@ -124,50 +124,120 @@ def tell(done: Any) -> None:
         typer.echo(f"  {what:10} {path}")
 
 
-@app.command()
-def evaluate(
-    protocol: Annotated[str, typer.Argument(help="knn or linear.")],
-    settings: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Argument(help="key=value, settings of the protocol: neighbours=[200] temperatures=[0.1] epochs=100."),
-    ] = None,
-    backbone: Annotated[
-        str,
-        typer.Option("--backbone", "-b", help="A run folder, a .safetensors file, timm:NAME or torchvision:NAME."),
-    ] = "",
-    data: Annotated[str, typer.Option("--data", "-d", help=DATA_HELP + " With labels.")] = "",
-    recipe: Annotated[
-        str, typer.Option("--recipe", "-r", help="A paper's variant of the protocol, as in `kinfold recipes`.")
-    ] = "default",
-    out: Annotated[
-        Optional[Path], typer.Option("--out", "-o", help="Where the JSON result goes.")  # noqa: UP045
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
-    workers: Annotated[Optional[int], typer.Option(help="Processes that decode images.")] = None,  # noqa: UP045
-    limit: Annotated[Optional[int], typer.Option(help="Use this many images of each split only.")] = None,  # noqa: UP045
-    size: Annotated[Optional[int], typer.Option(help="Side of the images in pixels.")] = None,  # noqa: UP045
-) -> None:
-    """Measure a backbone on labelled images: weighted k-NN, or a linear classifier on frozen features."""
-    from kinfold.evaluate import evaluate as measure
+evaluate_app = typer.Typer(
+    help="Measure a backbone by the protocols of the papers; `report` puts results side by side.", no_args_is_help=True
+)
+app.add_typer(evaluate_app, name="evaluate")
 
-    for name, value in (("--backbone", backbone), ("--data", data)):
-        if not value:
-            raise UserError(f"{name} is missing. For example: kinfold evaluate knn --backbone runs/mine --data photos/")
-    result = measure(
-        protocol,
-        backbone,
-        data,
-        recipe=recipe,
-        overrides=settings or [],
-        out=out,
-        device=device,
-        workers=workers,
-        limit=limit,
-        size=size,
-    )
-    for name, value in result["values"].items():
-        typer.echo(f"{name:28} {value:.2f}")
-    typer.echo(f"written to {result['file']}")
+PROTOCOLS = {
+    "knn": "Weighted k-nearest neighbours: nothing is trained, seconds. DATA with labels.",
+    "linear": "A linear classifier on frozen features, rates side by side. DATA with labels.",
+    "semi-supervised": "Fine-tune everything on a few labels, 1 % or 10 %. DATA with labels.",
+    "fine-tune": "Fine-tune everything on all labels. DATA with labels.",
+    "transfer": "Logistic regression on many small sets. DATA: a folder of sets, one set, or torchvision:NAME@FOLDER.",
+    "voc-svm": "Linear SVM per class, full and low-shot. DATA in VOC's layout.",
+    "voc-logistic": "InvP's multi-label logistic classifier. DATA in VOC's layout.",
+    "detection": "Faster or Mask R-CNN, trained from the backbone. DATA in VOC's or COCO's layout.",
+    "segmentation": "A fully convolutional network, trained from the backbone. DATA in VOC's or Cityscapes' layout.",
+    "patches": "A linear classifier of patches on frozen features. DATA as for segmentation.",
+}
+"""protocols and what they do in one line; `kinfold.evaluate` has the same, and is too heavy to ask for a help text"""
+
+OUT_HELP = "A folder for the JSON result, or a .json file. Default: evaluate/ in the run folder, or here."
+
+
+def _protocol(name: str, text: str) -> None:
+    """Make the command of one protocol: all have the same words."""
+
+    def command(
+        settings: Annotated[
+            Optional[list[str]],  # noqa: UP045
+            typer.Argument(help="key=value, settings of the protocol, as `kinfold recipes show` writes them."),
+        ] = None,
+        backbone: Annotated[
+            str,
+            typer.Option(
+                "--backbone", "-b", help="A run folder, a checkpoint or .safetensors file, timm:NAME, torchvision:NAME."
+            ),
+        ] = "",
+        data: Annotated[str, typer.Option("--data", "-d", help="The images. " + DATA_HELP)] = "",
+        recipe: Annotated[
+            str, typer.Option("--recipe", "-r", help="A paper's variant of the protocol, as in `kinfold recipes`.")
+        ] = "default",
+        out: Annotated[Optional[Path], typer.Option("--out", "-o", help=OUT_HELP)] = None,  # noqa: UP045
+        train_split: Annotated[
+            Optional[str],  # noqa: UP045
+            typer.Option(help="The split to learn from, where not the usual one."),
+        ] = None,
+        test_data: Annotated[
+            Optional[str],  # noqa: UP045
+            typer.Option(help="Another set to be asked, instead of a split of DATA."),
+        ] = None,
+        test_split: Annotated[
+            Optional[str],  # noqa: UP045
+            typer.Option(help="The split to be asked, where not the usual one."),
+        ] = None,
+        device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+        workers: Annotated[Optional[int], typer.Option(help="Processes that decode images.")] = None,  # noqa: UP045
+        limit: Annotated[
+            Optional[int],  # noqa: UP045
+            typer.Option(help="Use this many images of each split only."),
+        ] = None,
+        size: Annotated[Optional[int], typer.Option(help="Side of the images in pixels.")] = None,  # noqa: UP045
+        batch: Annotated[
+            int, typer.Option("--batch", help="Images a forward pass of frozen features: less takes less memory.")
+        ] = 256,
+        cache: Annotated[
+            bool, typer.Option("--cache/--no-cache", help="Keep features for the next protocol, in ~/.cache/kinfold.")
+        ] = True,
+    ) -> None:
+        from kinfold import distributed
+        from kinfold.evaluate import Stopped
+        from kinfold.evaluate import evaluate as measure
+
+        for option, value in (("--backbone", backbone), ("--data", data)):
+            if not value:
+                raise UserError(
+                    f"{option} is missing. For example: kinfold evaluate {name} --backbone runs/mine --data photos/"
+                )
+        try:
+            result = measure(
+                name,
+                backbone,
+                data,
+                recipe=recipe,
+                overrides=settings or [],
+                train_split=train_split,
+                test_data=test_data,
+                test_split=test_split,
+                out=out,
+                device=device,
+                workers=workers,
+                limit=limit,
+                size=size,
+                batch_size=batch,
+                cache=cache,
+            )
+        except Stopped as stopped:
+            typer.echo(str(stopped), err=True)
+            raise typer.Exit(128 + stopped.signal) from None
+        if distributed.is_main():
+            for key, number in result["values"].items():
+                typer.echo(f"{key:28} {number:.2f}")
+            typer.echo(f"written to {result['file']}")
+        distributed.stop()
+
+    evaluate_app.command(
+        name,
+        help=text
+        + "\n\nIt may be stopped (SIGTERM, Ctrl-C) and goes on with the same command. "
+        + f"On several devices: torchrun --nproc-per-node 8 -m kinfold evaluate {name} ...",
+        short_help=text,
+    )(command)
+
+
+for _name, _text in PROTOCOLS.items():
+    _protocol(_name, _text)
 
 
 @app.command()

@@ -37,10 +37,21 @@ from kinfold.evaluate.results import (
     versions,
     write_result,
 )
+from kinfold.evaluate.resumable import Stopped
 from kinfold.reading import assign, parse, plain, read_text, read_yaml
 from kinfold.recipe import RECIPES, find_recipe
 
-__all__ = ["KNN", "PROTOCOLS", "FrozenBackbone", "Labelled", "Linear", "evaluate", "load_backbone", "load_protocol"]
+__all__ = [
+    "KNN",
+    "PROTOCOLS",
+    "FrozenBackbone",
+    "Labelled",
+    "Linear",
+    "Stopped",
+    "evaluate",
+    "load_backbone",
+    "load_protocol",
+]
 
 _ACCURACY = "percent of the test images"
 
