@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 import hypothesis
@@ -31,6 +32,12 @@ SIDE = 3
 @pytest.fixture(autouse=True)
 def _same_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests neither find nor leave anything in the person's own cache."""
+    os.environ["KINFOLD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @dataclass(frozen=True, kw_only=True)

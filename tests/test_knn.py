@@ -99,7 +99,8 @@ def test_scores_are_those_of_the_double_loop(exclude_self: bool) -> None:
 def test_blocks_of_any_size_find_the_same_neighbours(block: int, bank_block: int, exclude_self: bool) -> None:
     generator = torch.Generator().manual_seed(2)
     bank = torch.randn(17, 5, generator=generator, dtype=torch.float64)
-    similarity = bank @ bank.T
+    unit = nn.functional.normalize(bank, dim=1)
+    similarity = unit @ unit.T
     if exclude_self:
         similarity.fill_diagonal_(-torch.inf)
     expected = similarity.topk(6, dim=1)
@@ -107,6 +108,17 @@ def test_blocks_of_any_size_find_the_same_neighbours(block: int, bank_block: int
     assert [part.rows.start for part in found] == list(range(0, 17, block))
     torch.testing.assert_close(torch.cat([part.similarity for part in found]), expected.values)
     assert torch.equal(torch.cat([part.places for part in found]), expected.indices)
+
+
+def test_rounds_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(2)
+    bank, queries = (torch.randn(n, 5, generator=generator, dtype=torch.float64) for n in (17, 23))
+    expected = list(nearest(queries, bank, k=6, block=3, bank_block=4))
+    monkeypatch.setattr("kinfold.evaluate.knn._ROUND", 7)
+    found = list(nearest(queries, bank, k=6, block=3, bank_block=4))
+    assert [row for part in found for row in range(23)[part.rows]] == list(range(23))
+    assert torch.equal(torch.cat([p.places for p in found]), torch.cat([p.places for p in expected]))
+    torch.testing.assert_close(torch.cat([p.similarity for p in found]), torch.cat([p.similarity for p in expected]))
 
 
 def test_all_combinations_in_one_pass_are_those_of_one_at_a_time() -> None:

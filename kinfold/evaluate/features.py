@@ -7,8 +7,11 @@ back into the mode that it was in, so weights and running statistics are the sam
 
 from __future__ import annotations
 
+import itertools
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,14 +22,28 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kinfold import distributed
 from kinfold.data.decode import Undecodable
 from kinfold.data.loader import evaluation_batches
-from kinfold.data.sources import Source
+from kinfold.data.sources import Source, Subset
 from kinfold.data.work import read
 from kinfold.errors import UserError
+from kinfold.evaluate import feature_cache
 from kinfold.evaluate.backbones import FrozenBackbone, hash_of, load_backbone
+from kinfold.evaluate.conditions import Conditions
 
-__all__ = ["FrozenBackbone", "bar", "extract", "frozen", "hash_of", "left_out", "load_backbone", "resize_for", "stream"]
+__all__ = [
+    "FrozenBackbone",
+    "bar",
+    "extract",
+    "features_of",
+    "frozen",
+    "hash_of",
+    "left_out",
+    "load_backbone",
+    "resize_for",
+    "stream",
+]
 
 Positions = NDArray[np.int64]
 
@@ -156,6 +173,98 @@ def extract(
         found.append(positions)
     assert features is not None  # a source without a readable image has been refused
     return features[:filled], np.concatenate(found)
+
+
+IN_MEMORY = 2**30
+"""bytes of features that are held in memory where no cache is wanted; more go to a file without a name"""
+
+
+def features_of(
+    conditions: Conditions,
+    backbone: FrozenBackbone,
+    network: nn.Module,
+    source: Source,
+    *,
+    size: int,
+    resize: int | None,
+    doing: str | None = None,
+) -> tuple[Tensor, Positions]:
+    """Give the features [n, F] of a source's images and their positions [n], made once and kept where a cache is.
+
+    `network` is `backbone`'s, or something made of it; the images look as the backbone wants them, at `size` and
+    `resize`. Several processes share the work and all get all. What is given may be a map of a file: take rows of it
+    rather than copies of all. Says which images do not decode.
+    """
+    look: dict[str, Any] = {
+        "size": size,
+        "resize": resize,
+        "channels": backbone.channels,
+        "mean": list(backbone.mean),
+        "std": list(backbone.std),
+    }
+    facts = {"data": source.fingerprint, **look}
+    key = feature_cache.key_of(network, facts)
+    kept: feature_cache.Kept | None = None
+    with ExitStack() as until_opened:
+        folder = conditions.cache
+        if folder is None:
+            # A map stays readable when its file has lost its name, and the disk gets it back when the map is dropped.
+            mine = until_opened.enter_context(tempfile.TemporaryDirectory(prefix="kinfold-features-"))
+            folder = Path(distributed.join({distributed.rank(): mine})[0])
+        else:
+            kept = feature_cache.find(folder, key, images=len(source))
+            # All make them, or none: a process may have come when another had just finished.
+            if distributed.largest(int(kept is None), torch.device(conditions.device)):
+                kept = None
+        if kept is None:
+            about = {"backbone": backbone.description, "images_from": source.description, **facts}
+            writing = feature_cache.Writing(folder, key, images=len(source), about=about)
+            kept = _write(writing, conditions, network, source, look, doing)
+            if conditions.cache is None and len(kept.features) * kept.features.shape[1] * 4 <= IN_MEMORY:
+                kept = kept._replace(features=kept.features.clone())
+            distributed.wait_for_all()
+    remark = left_out(source, kept.bad)
+    if remark is not None:
+        conditions.say(remark)
+    return kept.features, kept.positions
+
+
+def _write(
+    writing: feature_cache.Writing,
+    conditions: Conditions,
+    network: nn.Module,
+    source: Source,
+    look: dict[str, Any],
+    doing: str | None,
+) -> feature_cache.Kept:
+    """Make this process's share of the features, and put it where all are."""
+    world, rank = distributed.world(), distributed.rank()
+    first = len(source) * rank // world
+    share = np.arange(first, len(source) * (rank + 1) // world)  # [n]
+    bad: dict[int, str] = {}
+    try:
+        parts = (
+            stream(
+                network,
+                source if world == 1 else Subset(source, share),
+                **look,
+                batch_size=conditions.batch_size,
+                workers=conditions.workers,
+                device=conditions.device,
+                progress=doing if distributed.is_main() else None,
+                bad=bad,
+            )
+            if len(share)
+            else iter(())
+        )
+        start = next(parts, None)
+        writing.begin(distributed.largest(0 if start is None else start[0].shape[1], torch.device(conditions.device)))
+        for features, positions in () if start is None else itertools.chain([start], parts):
+            writing.write(positions + first, features)
+        return writing.finish({position + first: reason for position, reason in bad.items()})
+    except BaseException:
+        writing.abandon()
+        raise
 
 
 def left_out(source: Source, bad: dict[int, str], *, shown: int = 5) -> str | None:

@@ -26,6 +26,8 @@ from kinfold.settings import settings
 # Below this, exp(1 / T) leaves float64.
 Temperature = Annotated[float, Field(ge=0.002)]
 
+_ROUND = 1 << 16  # queries whose neighbours are held at a time
+
 
 @settings
 class KNN:
@@ -61,12 +63,12 @@ def knn(backbone: FrozenBackbone, data: Labelled, settings: KNN) -> dict[str, fl
     test = None if alone else data.test
     labels, asked, classes = labels_of(data.train, test, say=data.say)
     network = backbone.network(settings.features).to(data.device)
-    bank, found = data.features(backbone, network, data.train, normalise=True, doing="features of the bank")
+    bank, found = data.features(backbone, network, data.train, doing="features of the bank")
     bank_labels = torch.from_numpy(labels[found])  # [N]
     if test is None:
         queries, truth = bank, bank_labels  # [Q, F], [Q]
     else:
-        queries, found = data.features(backbone, network, test, normalise=True, doing="features that ask")
+        queries, found = data.features(backbone, network, test, doing="features that ask")
         truth = torch.from_numpy(asked[found])
     most = len(bank) - 1 if alone else len(bank)
     if most < 1:
@@ -76,14 +78,15 @@ def knn(backbone: FrozenBackbone, data: Labelled, settings: KNN) -> dict[str, fl
     ks = sorted({min(k, most) for k in settings.neighbours})
     device = torch.device(data.device)
     return accuracies(
-        queries.to(device),
-        bank.to(device),
+        queries,
+        bank,
         bank_labels,
         truth,
         neighbours=ks,
         temperatures=settings.temperatures,
         classes=classes,
         exclude_self=alone,
+        device=device,
     )
 
 
@@ -97,11 +100,12 @@ def accuracies(
     temperatures: tuple[float, ...],
     classes: int,
     exclude_self: bool = False,
+    device: torch.device | None = None,
 ) -> dict[str, float]:
     """Give top-1 and top-5 accuracy in percent for every k and T; queries [Q, F], bank [N, F], truth [Q]."""
     hits: dict[str, int] = {}
     labels, truth = labels.cpu(), truth.cpu()
-    for near in nearest(queries, bank, k=max(neighbours), exclude_self=exclude_self):
+    for near in nearest(queries, bank, k=max(neighbours), exclude_self=exclude_self, device=device):
         similarity, votes = near.similarity.cpu().double(), labels[near.places.cpu()]  # [q, k], [q, k]
         own = truth[near.rows, None]  # [q, 1]
         for k in neighbours:
@@ -134,9 +138,7 @@ def knn_scores(
     labels = labels.cpu()
     parts = [
         vote(near.similarity.cpu().double(), labels[near.places.cpu()], temperature=temperature, classes=classes)
-        for near in nearest(
-            F.normalize(queries, dim=1), F.normalize(bank, dim=1), k=k, exclude_self=exclude_self, block=block
-        )
+        for near in nearest(queries, bank, k=k, exclude_self=exclude_self, block=block)
     ]
     return torch.cat(parts) if parts else torch.zeros(0, classes, dtype=torch.float64)  # [Q, C]
 
@@ -160,32 +162,42 @@ def nearest(
     k: int,
     exclude_self: bool = False,
     block: int = 1024,
-    bank_block: int = 1 << 16,
+    bank_block: int | None = None,
+    device: torch.device | None = None,
 ) -> Iterator[Neighbours]:
-    """Find the k rows of `bank` [N, F] with the largest inner product for each of `queries` [Q, F], in blocks.
+    """Find the k rows of `bank` [N, F] with the largest cosine for each of `queries` [Q, F], in blocks.
 
-    Memory is `block` x `bank_block` similarities at a time. With `exclude_self` row i of the bank is query i and not
-    among its neighbours. Raises `ValueError` where k is not in [1, N], or [1, N − 1] without oneself.
+    Both may be maps of files: rows are read, made unit vectors and moved to `device` (that of `queries` if not given)
+    block by block, and the bank is read once for every 65,536 queries. Memory is `block` x `bank_block` similarities
+    and `bank_block` rows at a time; if not given, the rows are of 128 MB, at most 65,536. With `exclude_self` row i of the bank is query i and not among its neighbours. Raises `ValueError` where
+    k is not in [1, N], or [1, N − 1] without oneself.
     """
     most = len(bank) - exclude_self
     if not 1 <= k <= most:
         raise ValueError(f"k is {k}; there are {most} rows to choose from")
-    for start in range(0, len(queries), block):
-        some = queries[start : start + block]  # [q, F]
-        # What is best so far, and then the best of that and the next part of the bank.
-        similarity, places = some.new_empty(len(some), 0), torch.empty(len(some), 0, dtype=torch.int64)  # [q, 0]
-        places = places.to(some.device)
-        for first in range(0, len(bank), bank_block):
-            part = bank[first : first + bank_block].to(some.device)  # [n, F]
-            found = some @ part.T  # [q, n]
-            if exclude_self:
-                own = torch.arange(start, start + len(some), device=some.device) - first  # [q]
-                here = torch.nonzero((own >= 0) & (own < len(part)))[:, 0]
-                found[here, own[here]] = float("-inf")
-            values, columns = found.topk(min(k, len(part)), dim=1)  # [q, at most k]
-            similarity = torch.cat([similarity, values], dim=1)
-            places = torch.cat([places, columns + first], dim=1)
-            if similarity.shape[1] > values.shape[1]:
-                similarity, order = similarity.topk(min(k, similarity.shape[1]), dim=1)
-                places = places.gather(1, order)
-        yield Neighbours(slice(start, start + len(some)), similarity, places)
+    where = queries.device if device is None else device
+    rows = bank_block or min(1 << 16, max(1024, (1 << 25) // bank.shape[1]))
+    for begin in range(0, len(queries), _ROUND):
+        starts = range(begin, min(begin + _ROUND, len(queries)), block)
+        best: list[tuple[Tensor, Tensor] | None] = [None] * len(starts)  # similarity, places of each block
+        for first in range(0, len(bank), rows):
+            part = F.normalize(bank[first : first + rows].to(where), dim=1)  # [n, F]
+            for number, start in enumerate(starts):
+                some = F.normalize(queries[start : min(start + block, begin + _ROUND)].to(where), dim=1)  # [q, F]
+                found = some @ part.T  # [q, n]
+                if exclude_self:
+                    own = torch.arange(start, start + len(some), device=where) - first  # [q]
+                    here = torch.nonzero((own >= 0) & (own < len(part)))[:, 0]
+                    found[here, own[here]] = float("-inf")
+                similarity, columns = found.topk(min(k, len(part)), dim=1)  # [q, at most k]
+                places = columns + first
+                known = best[number]
+                if known is not None:  # the best of what was best so far and of this part
+                    similarity = torch.cat([known[0], similarity], dim=1)
+                    places = torch.cat([known[1], places], dim=1)
+                    similarity, order = similarity.topk(min(k, similarity.shape[1]), dim=1)
+                    places = places.gather(1, order)
+                best[number] = similarity, places
+        for start, one in zip(starts, best):
+            assert one is not None  # the bank has a row
+            yield Neighbours(slice(start, start + len(one[0])), *one)

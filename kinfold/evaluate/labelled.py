@@ -16,7 +16,7 @@ from kinfold.data.sources import Source, open_source
 from kinfold.errors import UserError
 from kinfold.evaluate.backbones import FrozenBackbone
 from kinfold.evaluate.conditions import Conditions, tell
-from kinfold.evaluate.features import Positions, extract, left_out, resize_for
+from kinfold.evaluate.features import Positions, features_of, resize_for
 from kinfold.evaluate.protocol import Request
 from kinfold.evaluate.results import about_source
 
@@ -43,7 +43,6 @@ class Labelled(Conditions):
         *,
         size: int | None = None,
         resize: int | None = None,
-        normalise: bool = False,
         doing: str | None = None,
     ) -> tuple[Tensor, Positions]:
         """Give the features [n, F] of a source's images and their positions [n]; says which do not decode.
@@ -53,26 +52,7 @@ class Labelled(Conditions):
         if size is None:
             size = backbone.size
             resize = resize_for(source, size, backbone.resize, channels=backbone.channels)
-        bad: dict[int, str] = {}
-        found = extract(
-            network,
-            source,
-            size=size,
-            resize=resize,
-            channels=backbone.channels,
-            mean=backbone.mean,
-            std=backbone.std,
-            batch_size=self.batch_size,
-            workers=self.workers,
-            device=self.device,
-            normalise=normalise,
-            progress=doing,
-            bad=bad,
-        )
-        remark = left_out(source, bad)
-        if remark is not None:
-            self.say(remark)
-        return found
+        return features_of(self, backbone, network, source, size=size, resize=resize, doing=doing)
 
 
 def open_labelled(request: Request, settings: object, conditions: dict[str, Any]) -> Labelled:
