@@ -74,6 +74,13 @@ def test_an_exported_file_gives_the_same_backbone_and_no_head(run: tuple[Path, E
         found.network("head")
 
 
+def test_the_encoder_file_of_a_run_is_the_run(run: tuple[Path, Encoder, Recipe]) -> None:
+    folder, encoder, recipe = run
+    found = load_backbone(str(folder / "encoder.safetensors"))
+    assert (found.size, found.mean, found.folder) == (8, recipe.images.mean, folder)
+    assert torch.equal(features(found.network("head")), features(encoder))
+
+
 def test_a_result_lies_in_the_run_folder(run: tuple[Path, Encoder, Recipe]) -> None:
     folder, _, _ = run
     result = evaluate("knn", str(folder), "digits", recipe="invp", device="cpu", limit=50, say=lambda text: None)
@@ -124,7 +131,7 @@ def test_timms_models_bring_their_own_size_and_statistics(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(timm, "create_model", unfetched)
     found = load_backbone("timm:resnet10t")
-    about = found.module.pretrained_cfg
+    about: Any = found.module.pretrained_cfg
     assert isinstance(found, FrozenBackbone)
     assert found.size == about["input_size"][-1]
     assert found.resize == int(found.size / about["crop_pct"])

@@ -93,7 +93,7 @@ def test_the_features_are_those_of_the_published_model(
 ) -> None:
     path = tmp_path / f"weights{suffix}"
     (save_file if suffix == ".safetensors" else torch.save)(published[RESNET], path)  # type: ignore[operator]
-    source = timm.create_model(RESNET, num_classes=10)
+    source: Any = timm.create_model(RESNET, num_classes=10)
     source.load_state_dict(published[RESNET])
     backbone = build_backbone(Backbone(name=RESNET))
     load_backbone_weights(backbone, path)

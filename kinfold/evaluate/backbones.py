@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backbones to evaluate: from a run, from an exported file, or with the weights that timm and torchvision publish."""
+"""Backbones to evaluate: a run's, an exported file's, anybody's checkpoint, or what timm and torchvision publish."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from typing import Any, Literal
 
 import timm
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kinfold.encoders import Backbone, Encoder, build_backbone, build_head, feature_width
 from kinfold.errors import UserError
 from kinfold.export import read_backbone, rebuild_backbone
+from kinfold.layouts import IMAGENET
 from kinfold.run_folder import read_recipe
+from kinfold.weights import import_backbone
 
 Layer = Literal["backbone", "head"]
 
@@ -81,8 +85,8 @@ def hash_of(module: nn.Module | None) -> str | None:
 def load_backbone(what: str) -> FrozenBackbone:
     """Load the backbone that `what` names, onto the CPU.
 
-    A run folder; a `.safetensors` file that `kinfold export` wrote; `timm:NAME` or `torchvision:NAME` with their
-    published weights. Raises `UserError` that says what is missing.
+    A run folder; a `.safetensors` file that `kinfold export` wrote; a checkpoint of others (`kinfold.layouts`);
+    `timm:NAME` or `torchvision:NAME` with their published weights. Raises `UserError` that says what is missing.
     """
     kind, sign, name = what.partition(":")
     if sign and kind == "timm":
@@ -92,11 +96,13 @@ def load_backbone(what: str) -> FrozenBackbone:
     path = Path(what).expanduser()
     if path.is_dir():
         return _from_run(path)
-    if path.suffix == ".safetensors":
-        return _from_file(path)
+    if path.is_file():
+        if path.name == "encoder.safetensors" and (path.parent / "recipe.yaml").is_file():
+            return _from_run(path.parent)
+        return _from_file(path) if _is_export(path) else _from_elsewhere(path)
     raise UserError(
-        f"{what!r} names no backbone. Give a run folder, a .safetensors file that kinfold export has written, "
-        "timm:NAME or torchvision:NAME."
+        f"{what!r} names no backbone: there is no such file. Give a run folder, a .safetensors file or another "
+        "checkpoint (.pth, .pth.tar, .ckpt, ...), timm:NAME or torchvision:NAME."
     )
 
 
@@ -144,11 +150,41 @@ def _from_file(path: Path) -> FrozenBackbone:
     )
 
 
+def _is_export(path: Path) -> bool:
+    """Whether a file says that `kinfold export` or a run has written it."""
+    if path.suffix != ".safetensors":
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "kinfold_format" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False  # who reads it in full says what is wrong
+
+
+def _from_elsewhere(path: Path) -> FrozenBackbone:
+    """The backbone of somebody's checkpoint; what the weights do not say is as its layout has it."""
+    imported = import_backbone(path)
+    how, layout = imported.how, imported.found.layout
+    size = _SMALL
+    mean, std = layout.small
+    if how.stem == "standard":
+        mean, std = IMAGENET
+        size = int(getattr(imported.module, "pretrained_cfg", {}).get("input_size", (_LARGE,))[-1])
+    if imported.channels != 3:
+        mean, std = (0.5,) * imported.channels, (0.5,) * imported.channels
+    assumed = [f"{size} pixels", f"mean {', '.join(f'{m:g}' for m in mean)}", *imported.assumed]
+    return FrozenBackbone(
+        module=imported.module.eval(),
+        size=size,
+        channels=imported.channels,
+        mean=mean,
+        std=std,
+        description=f"{how.name} from {path.name} (layout: {layout.name}; assumed: {'; '.join(assumed)})",
+    )
+
+
 def _tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
@@ -221,5 +257,5 @@ def _offline(what: str, error: Exception) -> str:
     reason = " ".join(str(cause).split())[:200] or type(cause).__name__
     return (
         f"The weights of {what} could not be fetched ({reason}). Connect to the network once, or give a local "
-        "run folder or .safetensors file."
+        "run folder or a file with weights."
     )
