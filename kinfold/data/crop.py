@@ -8,6 +8,8 @@ The worker's result is whole levels, the batch's is not rounded.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -16,11 +18,16 @@ from torch import Tensor
 Box = tuple[int, int, int, int]
 """top, left, height, width in pixels"""
 
+Filter = Literal["bilinear", "bicubic"]
+"""both antialiased"""
 
-def crop_resize(image: NDArray[np.uint8], box: Box, size: int | tuple[int, int]) -> Tensor:
+
+def crop_resize(
+    image: NDArray[np.uint8], box: Box, size: int | tuple[int, int], *, filter: Filter = "bilinear"
+) -> Tensor:
     """Cut `box` out of `image` [H, W, C] and resize it to `size`: uint8 [C, size, size].
 
-    `size` is a side, or (height, width).
+    `size` is a side, or (height, width). The bicubic filter agrees with PIL's within a level too.
     """
     top, left, height, width = box
     rows, columns = (size, size) if isinstance(size, int) else size
@@ -31,9 +38,25 @@ def crop_resize(image: NDArray[np.uint8], box: Box, size: int | tuple[int, int])
     pixels = torch.from_numpy(cut).permute(2, 0, 1)[None]  # [1, C, h, w]
     if (height, width) != (rows, columns):
         pixels = torch.nn.functional.interpolate(
-            pixels, size=(rows, columns), mode="bilinear", antialias=True, align_corners=False
+            pixels, size=(rows, columns), mode=filter, antialias=True, align_corners=False
         )  # [1, C, size, size]
     return pixels[0].contiguous()  # [C, size, size]
+
+
+def centre_crop(image: NDArray[np.uint8], size: int, resize: int, *, filter: Filter = "bilinear") -> Tensor:
+    """Resize the short side of `image` [H, W, C] to `resize` and cut the centre out: uint8 [C, size, size].
+
+    An image that is `size` by `size` already stays as it is.
+    """
+    height, width = image.shape[:2]
+    if height == width == size:
+        return torch.from_numpy(image).permute(2, 0, 1)  # [C, size, size]
+    short = min(height, width)
+    # The long side is cut off to whole pixels and the middle rounded half to even, as torchvision does.
+    rows, columns = (resize * side // short for side in (height, width))
+    resized = crop_resize(image, (0, 0, height, width), (rows, columns), filter=filter)  # [C, rows, columns]
+    top, left = round((rows - size) / 2), round((columns - size) / 2)
+    return resized[:, top : top + size, left : left + size]  # [C, size, size]
 
 
 def crop_resize_batch(images: Tensor, index: Tensor, boxes: Tensor, size: int) -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where images come from: one interface over folders, tables, tar files, the Hub and the built-in digits.
+"""Where images come from: one interface over folders, tables, tar files, the Hub, small sets and the digits.
 
 A source knows its length, reads image number i as encoded bytes (or as a decoded array), and can name it for
 people. It can be sent to worker processes: what it knows about a million images lies in memory-mapped files.
@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kinfold.data.folder import EXTENSIONS, Listing, extension, list_folder, open_folder
+from kinfold.data.small_sets import open_small_set
 from kinfold.data.splits import by_split, choose
 from kinfold.data.tables import is_hub_name, is_saved, open_files, open_hub, open_saved, table_files
 from kinfold.data.tars import expand, open_tars
@@ -140,13 +141,14 @@ def split_off(source: Source, share: float, seed: int) -> tuple[Subset, Subset]:
 
 
 def open_source(data: str, *, split: str = "train", limit: int | None = None, cache: Path | None = None) -> Source:
-    """Open images by a word: a folder, a table, tar files, a Hub name, or "digits".
+    """Open images by a word: a folder, a table, tar files, a Hub name, a small set, or "digits".
 
     - a folder of images, nested to any depth; folders of one class each give labels (`kinfold.data.folder`);
     - a `.parquet` or `.arrow` file, a folder that holds some at its top or in `data/`, or what `datasets`
       saved;
     - a `.tar` file, a pattern such as `shard-{000..012}.tar`, or a folder of tar files;
-    - `hf:owner/name` or `hf:owner/name:config` on the Hugging Face Hub.
+    - `hf:owner/name` or `hf:owner/name:config` on the Hugging Face Hub;
+    - `torchvision:NAME` or `torchvision:NAME@ROOT`, one of the small sets (`kinfold.data.small_sets`).
 
     `split` is "train", "test", "all", or a name that the data has. `limit` keeps that many images, drawn
     evenly and always the same ones; a smaller limit keeps some of those that a larger one keeps. `cache` is
@@ -167,6 +169,9 @@ def open_source(data: str, *, split: str = "train", limit: int | None = None, ca
 def _open(data: str, split: str, cache: Path | None) -> Source:
     if data == "digits":
         return Digits(split)
+    if data.startswith("torchvision:"):
+        name, at, root = data.removeprefix("torchvision:").partition("@")
+        return open_small_set(name, root if at else None, split=split, cache=cache)
     path = data if data.startswith("hf:") else os.path.expanduser(data)
     if os.path.isdir(path):
         return _open_directory(path, split, cache)
@@ -252,4 +257,7 @@ def _missing(path: str) -> str:
     near = [by_lower[name] for name in difflib.get_close_matches(lost.lower(), list(by_lower), n=3)]
     if near:
         return f"{message}. Did you mean {' or '.join(os.path.join(parent, name) for name in near)}?"
-    return f"{message}. Expected a folder, a .parquet, .arrow or .tar file, hf:owner/name, or digits."
+    return (
+        f"{message}. Expected a folder, a .parquet, .arrow or .tar file, hf:owner/name, torchvision:NAME@ROOT, or "
+        "digits."
+    )

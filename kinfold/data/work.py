@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kinfold.data.augment import Drawn, draw
-from kinfold.data.crop import crop_resize
+from kinfold.data.crop import centre_crop, crop_resize
 from kinfold.data.decode import Undecodable, decode
 from kinfold.data.sources import Source
 from kinfold.errors import UserError
@@ -210,23 +210,12 @@ class CentreCropping:
         kept, crops = [], []
         for position in task.positions.tolist():
             try:
-                crops.append(self._crop(read(self.source, position, self.channels)))
+                crops.append(centre_crop(read(self.source, position, self.channels), self.size, self.resize))
                 kept.append(position)
             except Undecodable as error:
                 bad[position] = error.reason
         none = torch.empty(0, self.channels, self.size, self.size, dtype=torch.uint8)  # [0, C, size, size]
         return Block(np.array(kept, dtype=np.int64), torch.stack(crops) if crops else none, bad)
-
-    def _crop(self, image: NDArray[np.uint8]) -> Tensor:
-        height, width = image.shape[:2]
-        if height == width == self.size:
-            return torch.from_numpy(image).permute(2, 0, 1)  # [C, size, size]
-        short = min(height, width)
-        # The long side is cut off to whole pixels and the middle rounded half to even, as torchvision does.
-        rows, columns = (self.resize * side // short for side in (height, width))
-        resized = crop_resize(image, (0, 0, height, width), (rows, columns))  # [C, rows, columns]
-        top, left = round((rows - self.size) / 2), round((columns - self.size) / 2)
-        return resized[:, top : top + self.size, left : left + self.size]  # [C, size, size]
 
 
 @dataclass(frozen=True)

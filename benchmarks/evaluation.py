@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does every protocol run from end to end on two cores, in under five minutes, and is its figure better than chance?
+
+    python benchmarks/evaluation.py --backbone runs/sce-cifar --data DATA [--only knn linear ...]
+
+DATA is a folder with the sets `cifar10`, `tiny-imagenet-200-32px` and `imagenette-224-subset` (Parquet), and the
+VOC-layout sets `bccd-voc/BCCD.tar` and `voc2012-mini200/VOC2012-mini200.tar`, which are unpacked for the while. Each
+protocol is one call of the command with a small backbone and a short schedule: the settings are in the table below, and
+no paper's. Chance is 100 / classes for accuracies, the mean share of images that show a class for average precision of
+images, predicting background only for segmentation, and none for detection. Writes
+`benchmarks/results/evaluation-PROTOCOL[-SET].json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from measured import without_folder, write
+
+CIFAR, TINY, IMAGENETTE = "cifar10", "tiny-imagenet-200-32px", "imagenette-224-subset"
+BCCD, VOC = "bccd-voc", "voc2012-mini200"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One protocol on one set."""
+
+    protocol: str
+    data: str
+    value: str
+    """the figure that is compared with chance"""
+    words: tuple[str, ...] = ()
+    """what the command is told besides"""
+    name: str = ""
+
+    @property
+    def file(self) -> str:
+        """Name of the result."""
+        return f"evaluation-{self.name or self.protocol}"
+
+
+TRIALS = (
+    Trial("knn", CIFAR, "top1/k=200,T=0.1", ("--limit", "10000")),
+    Trial(
+        "linear",
+        CIFAR,
+        "last",
+        ("--recipe", "sce-cifar10", "--limit", "10000", "epochs=10", "learning_rates=[1.0,10.0]"),
+        "linear-cifar10",
+    ),
+    Trial(
+        "linear",
+        TINY,
+        "last",
+        ("--limit", "20000", "epochs=30", "augment=null", "learning_rates=[0.3,1.0,3.0,10.0]", "--size", "32"),
+        "linear-tiny-imagenet",
+    ),
+    Trial(
+        "linear",
+        IMAGENETTE,
+        "last/block=4",
+        ("--recipe", "invp-imagenet", "--size", "64", "--limit", "2000", "epochs=5", "schedule.milestones=[2,3,4]"),
+        "linear-blocks",
+    ),
+    Trial(
+        "semi-supervised",
+        CIFAR,
+        "top1",
+        ("--limit", "10000", "share=0.1", "epochs=20", "batch_size=64"),
+    ),
+    Trial(
+        "fine-tune",
+        IMAGENETTE,
+        "accuracy",
+        ("--size", "64", "--limit", "2000", "epochs=10", "batch_size=64", "backbone_rate=0.03"),
+    ),
+    Trial("transfer", IMAGENETTE, "mean", ("--size", "64", "--limit", "2000", "decays=12")),
+    Trial("voc-svm", VOC, "chosen", ("--size", "96", "shots=[1,2,4]")),
+    Trial("voc-logistic", VOC, "mAP", ("--size", "96", "steps=150", "every=60", "batch_size=64", "measure_every=50")),
+    Trial("detection", BCCD, "AP50", ("--recipe", "bccd-two-cores")),
+    Trial("segmentation", VOC, "mIoU", ("--recipe", "voc-two-cores")),
+    Trial("patches", VOC, "mIoU", ("--recipe", "voc-two-cores")),
+)
+
+
+def unpacked(data: Path, name: str, place: Path) -> Path:
+    """The folder of a VOC-layout set, out of its tar."""
+    archive = next((data / name).glob("*.tar"))
+    with tarfile.open(archive) as tar:
+        tar.extractall(place / name, filter="data")
+    return next(path.parent for path in sorted((place / name).rglob("JPEGImages")))
+
+
+def chance(trial: Trial, result: dict[str, Any], folder: Path) -> float:
+    """What the figure would be of a backbone that says nothing, in percent."""
+    if trial.protocol in ("segmentation", "patches"):
+        return float(result["values"]["background_only"])
+    if trial.protocol == "detection":
+        return 0.0
+    if trial.protocol.startswith("voc-"):
+        from kinfold.data import voc
+
+        kit = voc.find_devkits(str(folder))[0]
+        split = "test" if voc.has_list(kit, "test") else "val"
+        present = voc.presence(kit, split, tuple(result["data"]["classes"]))  # [Q, C]
+        shown = (present == 1).mean(axis=0)  # [C]
+        return 100.0 * float(np.mean(shown[shown > 0]))
+    return 0.5 if trial.data == TINY else 10.0
+
+
+def main() -> None:
+    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words.add_argument("--backbone", required=True)
+    words.add_argument("--data", required=True, type=Path)
+    words.add_argument("--only", nargs="*", help="results to make, by the ends of their names")
+    asked = words.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        for trial in TRIALS:
+            if asked.only and trial.file.removeprefix("evaluation-") not in asked.only:
+                continue
+            packed = trial.data in (BCCD, VOC)
+            folder = unpacked(asked.data, trial.data, Path(place)) if packed else asked.data / trial.data
+            out = Path(place) / f"{trial.file}.json"
+            command = [sys.executable, "-m", "kinfold", "evaluate", trial.protocol, *trial.words]
+            command += ["--backbone", asked.backbone, "--data", str(folder), "--out", str(out)]
+            environment = {**os.environ, "KINFOLD_CACHE": f"{place}/cache"}
+            began = time.monotonic()
+            subprocess.run(command, check=True, env=environment)
+            seconds = time.monotonic() - began
+            result = json.loads(out.read_text(encoding="utf-8"))
+            expected = chance(trial, result, folder)
+            value = result["values"][trial.value]
+            summary = {
+                "question": "a protocol from end to end on two cores, beside chance",
+                "protocol": trial.protocol,
+                "set": trial.data,
+                "evaluated_by": " ".join(["kinfold evaluate", trial.protocol, *trial.words]),
+                "backbone": result["backbone"]["description"],
+                "value": trial.value,
+                "percent": round(value, 2),
+                "chance_percent": round(expected, 2),
+                "seconds": round(seconds, 1),
+                "values": {name: number and round(number, 2) for name, number in result["values"].items()},
+                "notes": [without_folder(note, str(folder)) for note in result["notes"]],
+            }
+            print(f"{trial.file}: {trial.value} {value:.1f}, chance {expected:.1f}, {seconds:.0f} s", flush=True)
+            write(trial.file, summary)
+
+
+if __name__ == "__main__":
+    main()
