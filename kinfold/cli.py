@@ -240,6 +240,44 @@ for _name, _text in PROTOCOLS.items():
     _protocol(_name, _text)
 
 
+@evaluate_app.command("report")
+def evaluate_report(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run folders, folders of runs or of results, or single result files.")
+    ],
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            "--out", "-o", help="A folder for report.md, .tex, .json and the pictures; or one file of such a name."
+        ),
+    ] = None,
+    named: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            "--set",
+            help="NAME=TEXT: images whose description holds TEXT are the set NAME, so that published numbers of it "
+            "compare. For example cifar10=my-cifar-folder.",
+        ),
+    ] = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="Append every published number, also those that compare with nothing.")
+    ] = False,
+) -> None:
+    """Put all results of one or more backbones into one table, with published numbers and how they are known."""
+    from kinfold.evaluate.report import report
+
+    known: dict[str, str] = {}
+    for word in named or []:
+        name, sign, text = word.partition("=")
+        if not (name and sign and text):
+            raise UserError(f"--set is NAME=TEXT, for example --set cifar10=my-cifar-folder, but got {word!r}.")
+        known[name] = text
+    made = report(runs, out=out, named=known, published=published)
+    made.show()
+    for path in made.files:
+        typer.echo(f"written to {path}")
+
+
 @app.command()
 def embed(
     backbone: Annotated[str, typer.Argument(help="A run folder, a .safetensors file, timm:NAME or torchvision:NAME.")],

@@ -274,10 +274,10 @@ class _Code:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (_Code(), "objects besides tensors.*would run code are refused"),
+        (_Code(), "would run code.*refused"),
         ([1, 2], "no tensors by name, but a list"),
         ({"conv1.weight": torch.zeros(3)}, "does not fit the backbone: missing .*of another shape conv1.weight"),
-        (None, "could not be read as tensors"),
+        (None, "is empty"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_and_no_code_runs(
