@@ -19,9 +19,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import precision_recall_curve
 
 from kinfold.errors import UserError
 
@@ -73,6 +70,8 @@ class Probe:
         return found
 
     def _fit(self, decay: float, x: Features, y: Truth) -> None:
+        from sklearn.exceptions import ConvergenceWarning
+
         known = getattr(self._model, "classes_", None)
         if known is not None and not np.array_equal(known, np.unique(y)):
             # Weights of other classes are no start: the validation images have brought a class that was not there.
@@ -103,6 +102,8 @@ class Probe:
             self._model.coef_, self._model.intercept_ = state["weight"].numpy(), state["bias"].numpy()
 
     def _fresh(self) -> Any:
+        from sklearn.linear_model import LogisticRegression
+
         return LogisticRegression(solver="lbfgs", max_iter=self.max_iter, warm_start=True)
 
 
@@ -121,6 +122,8 @@ def eleven_point(positive: Truth, scores: NDArray[Any]) -> float:
     As ssl-transfer computes it, which is not quite VOC's: scikit-learn's curve begins at recall 0 with precision 1, so
     the first of the eleven numbers is always 1; and recalls are compared as floats.
     """
+    from sklearn.metrics import precision_recall_curve
+
     precision, recall, _ = precision_recall_curve(positive, scores)
     return float(np.mean([precision[recall >= least].max() for least in np.linspace(0, 1, 11)]))
 
