@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
+from typing import ClassVar, Literal
 
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import brentq
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,8 +19,10 @@ from kinfold.data.sources import Subset, open_source
 from kinfold.encoders import Backbone, build_backbone
 from kinfold.errors import UserError
 from kinfold.evaluate import FrozenBackbone, Labelled, Linear, evaluate, load_protocol
+from kinfold.evaluate.classifier import Classifier, first_weights, hits
 from kinfold.evaluate.features import hash_of
-from kinfold.evaluate.linear import Classifier, Cosine, Steps, correct, first_weights, linear, pad_crop, share_of_rate
+from kinfold.evaluate.linear import Cosine, Steps, fit, linear, share_of_rate
+from kinfold.evaluate.linear_batches import Cached, Kept, pad_crop
 from kinfold.views import Augmentation
 
 WHOLE = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
@@ -68,6 +73,80 @@ def test_steps_are_those_of_torch_sgd_on_a_linear_layer() -> None:
         torch.testing.assert_close(own.step(x, y, rate), loss.detach(), rtol=1e-12, atol=0)
         torch.testing.assert_close(own.weight, layer.weight.detach(), rtol=1e-11, atol=1e-12)
         torch.testing.assert_close(own.bias, layer.bias.detach(), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["train", "eval"])
+def test_steps_with_batch_norm_are_those_of_torch(kind: Literal["train", "eval"]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    norm, layer = nn.BatchNorm1d(6, dtype=torch.float64), nn.Linear(6, 5, dtype=torch.float64)
+    norm.train(kind == "train")
+    weight, bias = layer.weight.detach(), layer.bias.detach()
+    own = Classifier(weight, bias, momentum=0.9, weight_decay=0.01, batch_norm=kind)
+    optimizer = torch.optim.SGD([*norm.parameters(), *layer.parameters()], lr=0.3, momentum=0.9, weight_decay=0.01)
+    for _ in range(4):
+        x = 3 + 2 * torch.randn(8, 6, generator=generator, dtype=torch.float64)
+        y = torch.randint(0, 5, (8,), generator=generator)
+        loss = F.cross_entropy(layer(norm(x)), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        torch.testing.assert_close(own.step(x, y, 0.3), loss.detach(), rtol=1e-10, atol=0)
+    for mine, theirs in zip(own.parameters, [layer.weight, layer.bias, norm.weight, norm.bias]):
+        torch.testing.assert_close(mine, theirs.detach(), rtol=1e-9, atol=1e-10)
+    assert norm.running_mean is not None
+    torch.testing.assert_close(own.mean, norm.running_mean)
+    torch.testing.assert_close(own.var, norm.running_var)
+    torch.testing.assert_close(own(x), layer(norm.eval()(x)).detach())
+    # Trap: in evaluation mode its statistics are the first ones, so nothing is normalised.
+    assert torch.equal(own.mean, torch.zeros_like(own.mean)) == (kind == "eval")
+
+
+def probe(
+    x: torch.Tensor, y: torch.Tensor, settings: Linear, *, batch: int | None = None, classes: int
+) -> tuple[Classifier, float, torch.Tensor]:
+    """Train one classifier on features as the protocol does: it, its last training loss, and its accuracies."""
+    weight, bias = first_weights(settings.init, classes, x.shape[1], seed=0)
+    head = Classifier(weight, bias, momentum=settings.momentum, weight_decay=settings.weight_decay)
+    device = torch.device("cpu")
+    batches = Cached(x, y, batch=batch or len(x), seed=0, drop_last=False, device=device)
+    asked = Kept(x, y, device=device)
+    history, losses = fit([[head]], batches, asked, Labelled(train=Halves(1, 0)), settings, scale=1.0)
+    return head, float(losses), history[-1, 0, 0]
+
+
+def test_the_probe_of_two_points_reaches_the_optimum_in_closed_form() -> None:
+    # Points at ±e of two classes: W = (w, −w) e with 1 / (1 + exp(2 w)) = decay · w.
+    decay = 0.03
+    x = torch.tensor([[0.6, 0.8], [-0.6, -0.8]]).repeat(20, 1)
+    y = torch.tensor([0, 1]).repeat(20)
+    settings = Linear(epochs=400, learning_rates=(1.0,), weight_decay=decay, schedule=Cosine())
+    head, loss, accuracy = probe(x, y, settings, classes=2)
+    w = brentq(lambda w: 1 / (1 + math.exp(2 * w)) - decay * w, 0, 100)
+    torch.testing.assert_close(head.weight, w * torch.tensor([[0.6, 0.8], [-0.6, -0.8]]), rtol=1e-4, atol=1e-4)
+    assert loss == pytest.approx(math.log1p(math.exp(-2 * w)), rel=1e-3)
+    assert accuracy.tolist() == [100, 100]
+
+
+def test_the_probe_of_separable_features_reaches_the_optimum_of_logistic_regression() -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    random = np.random.default_rng(0)
+    y = random.integers(0, 4, 300)
+    x = (4 * np.eye(6)[y] + random.normal(size=(300, 6))).astype(np.float32)
+    decay = 0.01
+    # The probe's bias decays too: a feature that is always one.
+    other = LogisticRegression(C=1 / (len(x) * decay), fit_intercept=False, tol=1e-8, max_iter=1000)
+    other.fit(np.hstack([x, np.ones((300, 1))]), y)
+    settings = Linear(epochs=400, learning_rates=(1.0,), weight_decay=decay, schedule=Cosine())
+    head, _, accuracy = probe(torch.from_numpy(x), torch.from_numpy(y), settings, classes=4)
+    found = torch.cat([head.weight, head.bias[:, None]], dim=1).numpy()
+    np.testing.assert_allclose(found, other.coef_, rtol=1e-3, atol=1e-3)
+    assert accuracy[0] > 97
+    # Small batches whose rate falls to zero end beside it.
+    short = Linear(epochs=40, learning_rates=(0.1,), weight_decay=decay, schedule=Cosine())
+    head, _, _ = probe(torch.from_numpy(x), torch.from_numpy(y), short, batch=32, classes=4)
+    found = torch.cat([head.weight, head.bias[:, None]], dim=1).numpy()
+    assert np.abs(found - other.coef_).max() < 0.05
 
 
 def test_what_is_separable_is_separated() -> None:
@@ -122,7 +201,7 @@ def test_a_rate_that_diverges_is_said_and_never_chosen() -> None:
 def test_top_five_counts_the_first_five() -> None:
     classifier = Classifier(torch.eye(7), torch.zeros(7), momentum=0.0, weight_decay=0.0)
     x = torch.arange(7.0).expand(7, 7)  # class 6 is first, then 5, ...
-    assert correct(classifier, x, torch.arange(7), block=3).tolist() == pytest.approx([100 / 7, 500 / 7])
+    assert hits(classifier, x, torch.arange(7)).tolist() == [1, 5]
 
 
 def test_rates_scale_with_the_batch_where_a_base_is_given() -> None:
@@ -239,15 +318,72 @@ def test_the_last_batch_is_kept_where_it_is_asked_for() -> None:
     counted = []
 
     class Counting(Classifier):
-        def step(self, x: torch.Tensor, target: torch.Tensor, rate: float) -> torch.Tensor:
+        def step(self, x: torch.Tensor, target: torch.Tensor, rate: float, *, whole: int | None = None) -> torch.Tensor:
             counted.append(len(x))
-            return super().step(x, target, rate)
+            return super().step(x, target, rate, whole=whole)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kinfold.evaluate.linear.Classifier", Counting)
         linear(flat(), data, short)
         linear(flat(), data, dataclasses.replace(short, drop_last=False))
     assert counted == [49, 49, 1]
+
+
+def test_measuring_before_each_epoch_sees_one_epoch_less() -> None:
+    data = Labelled(train=Halves(120, 0), test=Halves(60, 1))
+    settings = Linear(epochs=4, batch_size=20, learning_rates=(0.003,), schedule=Steps(milestones=(100,)))
+    before = linear(flat(), data, dataclasses.replace(settings, measured="before"))
+    after = linear(flat(), data, dataclasses.replace(settings, epochs=3))
+    assert before["last"] == after["last"]
+    assert before["best"] == after["best"]
+    assert before["best_epoch/lr=0.003"] == after["best_epoch/lr=0.003"]
+    # The first measurement is of the first weights: an epoch of none.
+    turned = Halves(60, 1)
+    assert turned.labels is not None
+    turned.labels = (turned.labels + 1) % 4
+    worse = Labelled(train=Halves(120, 0), test=turned)
+    assert linear(flat(), worse, dataclasses.replace(settings, measured="before"))["best_epoch/lr=0.003"] == 0
+
+
+def test_outputs_without_a_class_are_never_right_and_said() -> None:
+    said: list[str] = []
+    data = Labelled(train=Halves(200, 0), test=Halves(60, 1), say=said.append)
+    settings = Linear(epochs=10, batch_size=20, learning_rates=(1.0,), classes=10)
+    assert linear(flat(), data, settings)["last"] == 100
+    assert said == ["The classifier has 10 outputs for 4 classes, as classes says."]
+    with pytest.raises(UserError, match="classes is 3, but the images have 4 classes"):
+        linear(flat(), data, dataclasses.replace(settings, classes=3))
+
+
+def test_features_in_a_map_of_a_file_are_read_batch_by_batch(tmp_path: Path) -> None:
+    class Rows(torch.Tensor):
+        """Features that tell how many of them are taken at once."""
+
+        taken: ClassVar[list[int]] = []
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            found = super().__torch_function__(function, types, args, kwargs or {})
+            if function is torch.Tensor.__getitem__:
+                cls.taken.append(len(found))
+                return found.as_subclass(torch.Tensor)
+            return found
+
+    np.save(tmp_path / "features.npy", np.random.default_rng(0).normal(size=(1000, 3)).astype(np.float32))
+    x = torch.from_numpy(np.load(tmp_path / "features.npy", mmap_mode="c"))  # [1000, 3]
+    y = torch.arange(1000) % 2
+    device = torch.device("cpu")
+    mapped = Cached(x.as_subclass(Rows), y, batch=64, seed=0, drop_last=False, device=device)
+    held = Cached(x.clone(), y, batch=64, seed=0, drop_last=False, device=device)
+    for share, other in zip(mapped.epoch(3, 2), held.epoch(3, 2), strict=True):
+        assert torch.equal(share.x, other.x)
+        assert torch.equal(share.y, other.y)
+    assert Rows.taken == [64] * 13 + [40]
+    Rows.taken.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kinfold.evaluate.linear_batches._ASKED_ROWS", 300)
+        assert torch.equal(torch.cat([some for some, _ in Kept(x.as_subclass(Rows), y, device=device).blocks()]), x)
+    assert Rows.taken == [300, 300, 300, 100]
 
 
 def test_the_backbone_is_the_same_after_as_before_to_the_bit() -> None:
@@ -272,6 +408,8 @@ def test_the_backbone_is_the_same_after_as_before_to_the_bit() -> None:
         ("test_resize=100", "test_resize"),
         ("schedule={name: stepss}", "schedule"),
         ("epoch=3", "Did you mean epochs"),
+        ("blocks=[12, 6, 4]", "blocks"),
+        ("batch_norm=on", "batch_norm"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_by_name(word: str, message: str) -> None:

@@ -1,35 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear classification on frozen features: one layer learns, the backbone does not.
 
-All learning rates are trained side by side, in one pass over the images: their classifiers see the same batches of the
-same features, and each has its own weights and momentum, so the result of each is that of training it alone. Variants
-of the papers (MoCo `main_lincls.py`, SCE `linear_classifier`, InvP `eval_linear.py`) are recipes.
+All learning rates, and with `blocks` all depths of a ResNet, are trained side by side, in one pass over the images:
+their classifiers see the same batches, and each has its own weights and momentum, so the result of each is that of
+training it alone. Variants of the papers (MoCo `main_lincls.py`, SCE `linear_classifier`, InvP `eval_linear.py` and
+`linear_classification.py`, whose loss is the sum of 17 classifiers that share nothing) are recipes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from kinfold.data.loader import Loader
-from kinfold.data.sources import split_off
+from kinfold import distributed
+from kinfold.data.sources import Source, split_off
+from kinfold.errors import UserError
 from kinfold.evaluate.backbones import FrozenBackbone, Layer
-from kinfold.evaluate.features import bar, frozen
-from kinfold.evaluate.labelled import Labelled, labels_of
-from kinfold.randomness import ORDER, VIEW, WEIGHTS, permutation, seed_of, uniforms
+from kinfold.evaluate.classifier import BatchNorm, Classifier, Init, first_weights, hits
+from kinfold.evaluate.features import resize_for
+from kinfold.evaluate.labelled import Labelled, Labels, labels_of
+from kinfold.evaluate.linear_batches import Asked, Augmented, Batches, Cached, Kept, Remade
+from kinfold.evaluate.residual_blocks import BlockMaps, block_maps
+from kinfold.evaluate.resumable import Resumable
 from kinfold.settings import settings
-from kinfold.views import Augmentation, Positive, Views, expand_preset
+from kinfold.views import Augmentation, Positive, expand_preset
 
 Count = Annotated[int, Field(ge=1)]
-_PAD_CROP = 1  # the place of the shifted crop beside view 0 in an image's addresses
+
+KEPT_BYTES = 8 * 2**30
+"""features of test images are made at every look where they take more, if training images are read anew as well"""
 
 
 @settings
@@ -70,9 +75,19 @@ class Linear:
     """side of a test image in pixels; the backbone's own size if not given"""
     test_resize: Count | None = None
     """short side before the central crop of `test_size`; straight to `test_size` if not given"""
-    init: Literal["normal", "default", "fan-out"] = "normal"
+    init: Init = "normal"
     """first weights: N(0, 0.01); torch's own; N(0, √(2 / C)) (InvP on CIFAR). Biases are zero, but for torch's own"""
     features: Layer = "backbone"
+    blocks: tuple[Count, Count, Count, Count, Count] | None = None
+    """instead, a classifier after a ResNet's stem and one after each of its residual blocks, all at once: the sides
+    that maps are pooled to by means, of the stem and of each of the four stages (InvP)"""
+    batch_norm: BatchNorm = "none"
+    """in front of the classifier: none; one that normalises by the batch (train); or one that keeps its first
+    statistics, mean 0 and variance 1, so that only its scale and shift act (eval: what InvP's code does)"""
+    classes: Count | None = None
+    """outputs of the classifier; as many as there are classes if not given (InvP: 1000 for the 205 of Places)"""
+    measured: Literal["after", "before"] = "after"
+    """after the training of each epoch, or before it (InvP): then the last number is that of one epoch less"""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     drop_last: bool = True
     """leave out the last, smaller batch of an epoch"""
@@ -83,6 +98,10 @@ class Linear:
                 f"test_resize: {self.test_resize} is the short side that test_size is cut from, so give a test_size of "
                 f"at most {self.test_resize}"
             )
+        if self.blocks is not None and self.features != "backbone":
+            raise ValueError("blocks: they are looked at instead of the head, so set features: backbone")
+        if self.measured == "before" and self.epochs == 1:
+            raise ValueError("measured: before the only epoch nothing is learned; set epochs to 2 or more, or after")
         whole = self.augment is not None and self.augment.scale == self.augment.ratio == (1.0, 1.0)
         if self.pad_crop is not None and not whole:
             raise ValueError(
@@ -100,124 +119,110 @@ class Linear:
         return replace(self, augment=augment, test_size=size, test_resize=resize)
 
 
-class Classifier:
-    """A linear layer with softmax cross-entropy and SGD with momentum, without autograd.
-
-    The gradient of the loss by the logits is (p − onehot) / B. The arithmetic is that of `torch.optim.SGD` on
-    `nn.Linear`, weight decay on the bias too.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor, *, momentum: float, weight_decay: float) -> None:
-        self.weight = weight.clone()  # [C, F]
-        self.bias = bias.clone()  # [C]
-        self.momentum = momentum
-        self.weight_decay = weight_decay
-        self._speed = (torch.zeros_like(weight), torch.zeros_like(bias))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Give the logits [B, C] of features [B, F]."""
-        return F.linear(x, self.weight, self.bias)  # [B, C]
-
-    @torch.no_grad()
-    def step(self, x: Tensor, target: Tensor, rate: float) -> Tensor:
-        """Take a step on features [B, F] and labels [B]; gives the loss before it, a scalar."""
-        logs = torch.log_softmax(self(x), dim=1)  # [B, C]
-        own = target[:, None]  # [B, 1]
-        loss = -logs.gather(1, own).mean()
-        slope = logs.exp().scatter_add_(1, own, -torch.ones_like(logs[:, :1])).div_(len(x))  # [B, C]
-        gradients = (slope.T @ x, slope.sum(dim=0))  # [C, F], [C]
-        for parameter, gradient, speed in zip((self.weight, self.bias), gradients, self._speed):
-            if self.weight_decay:
-                gradient = gradient.add(parameter, alpha=self.weight_decay)
-            speed.mul_(self.momentum).add_(gradient)
-            parameter.add_(speed, alpha=-rate)
-        return loss
-
-
 def linear(backbone: FrozenBackbone, data: Labelled, settings: Linear) -> dict[str, float]:
     """Train classifiers on frozen features and measure them after every epoch: accuracies in percent.
 
-    `last/lr=30` is the last epoch's, `best/lr=30` the best epoch's, which is chosen on the test set, as all papers do.
-    `last` is that of the rate with the smallest training loss in the last epoch, so nothing in it was chosen on the
-    test set; `best` is the largest of all. From 6 classes on there is `last_top5/lr=30` too. Without a test set a
-    fifth of the images of each class is held out. Raises `UserError` where labels are missing.
+    `last/lr=30` is the last epoch's, `best/lr=30` the best epoch's, which is chosen on the test set, as all papers do;
+    `best_epoch/lr=30` says after how many epochs. `last` is that of the rate with the smallest training loss in the
+    last epoch, so nothing in it was chosen on the test set; `best` is the largest of all. From 6 classes on there is
+    `last_top5/lr=30` too. With `blocks` the names are `last/block=16` (and `last/block=16,lr=1` with several rates),
+    where 0 is the stem; `last` is the last block's, and `best_block` says where `best` was found. Without a test set a
+    fifth of the images of each class is held out.
+
+    It may be stopped and goes on to the bit; several processes train as one. Raises `UserError` where labels are
+    missing, and for `blocks` where the backbone is no ResNet.
     """
     train, test = data.train, data.test
     if test is None:
         labels_of(train, None, say=data.say)  # refuses before anything is split
         data.say("There is no test split: a fifth of the images of each class is held out and not trained on.")
         train, test = split_off(train, 0.2, settings.seed)
-    labels, asked, classes = labels_of(train, test, say=data.say)
-    network = backbone.network(settings.features).to(data.device)
+    labels, answers, classes = labels_of(train, test, say=data.say)
+    outputs = _outputs(settings, classes, data.say)
     device = torch.device(data.device)
-    size, resize = settings.test_size, settings.test_resize
-    x_test, found = data.features(backbone, network, test, size=size, resize=resize, doing="test features")
-    x_test, y_test = x_test.to(device), torch.from_numpy(asked[found]).to(device)  # [Q, F], [Q]
-
-    batch = min(settings.batch_size, len(train))
-    if batch < settings.batch_size:
-        data.say(
-            f"batch_size is {settings.batch_size:,}; there are {batch:,} training images, so a batch is all of them."
-        )
-    batches: _Cached | _Augmented
-    if settings.augment is None:
-        x, found = data.features(backbone, network, train, size=size, resize=resize, doing="training features")
-        batch = min(batch, len(x))
-        batches = _Cached(x.to(device), torch.from_numpy(labels[found]).to(device), batch, settings)
-    else:
-        batches = _Augmented(backbone, network, data, train, labels, batch, settings)
-
-    weight, bias = first_weights(settings.init, classes, x_test.shape[1], seed=settings.seed)
-    scale = 1.0 if settings.base_batch is None else batch / settings.base_batch
-    # One classifier a rate and not one joined product: so each is, to the bit, what it would be alone.
-    classifiers = [
-        Classifier(weight.to(device), bias.to(device), momentum=settings.momentum, weight_decay=settings.weight_decay)
-        for _ in settings.learning_rates
-    ]
-    history: list[Tensor] = []
-    losses = torch.zeros(len(classifiers), device=device)  # [L]
-    with bar("linear classifier, epochs", settings.epochs) as advance:
-        for epoch in range(settings.epochs):
-            losses.zero_()
-            for number, (features, target) in enumerate(batches.epoch(epoch)):
-                share = scale * share_of_rate(
-                    settings.schedule,
-                    epoch=epoch,
-                    step=epoch * batches.steps + number,
-                    steps=settings.epochs * batches.steps,
+    network = _network(backbone, data, settings)
+    asked = _asked(backbone, network, data, test, answers, settings)
+    batches, batch = _batches(backbone, network, data, train, labels, settings)
+    widths = network.widths if isinstance(network, BlockMaps) else [asked.width]
+    heads = []
+    for width in widths:
+        weight, bias = first_weights(settings.init, outputs, width, seed=settings.seed)
+        # One classifier a rate and not one joined product: so each is, to the bit, what it would be alone.
+        heads.append(
+            [
+                Classifier(
+                    weight.to(device),
+                    bias.to(device),
+                    momentum=settings.momentum,
+                    weight_decay=settings.weight_decay,
+                    batch_norm=settings.batch_norm,
                 )
-                for place, (one, rate) in enumerate(zip(classifiers, settings.learning_rates)):
-                    losses[place] += one.step(features, target, rate * share)
-            history.append(torch.stack([correct(one, x_test, y_test) for one in classifiers], dim=1))  # [2, L]
-            advance(1)
-    return _values(torch.stack(history), losses.cpu(), settings, classes, data)
+                for _ in settings.learning_rates
+            ]
+        )
+    scale = 1.0 if settings.base_batch is None else batch / settings.base_batch
+    history, losses = fit(heads, batches, asked, data, settings, scale=scale)
+    return _values(history, losses, settings, classes, data)
 
 
-@torch.no_grad()
-def correct(classifier: Classifier, x: Tensor, y: Tensor, *, block: int = 4096) -> Tensor:
-    """Give the shares in percent of x [Q, F] whose label y [Q] is first, and among the first five: [2]."""
-    hits = torch.zeros(2, dtype=torch.float64)  # [2]
-    top = min(5, len(classifier.bias))
-    for some, own in zip(torch.split(x, block), torch.split(y, block)):
-        logits = classifier(some)  # [b, C]
-        hit = logits.topk(top, dim=1).indices == own[:, None]  # [b, top]
-        # A classifier that has diverged says nothing, and so is right about nothing.
-        hit &= torch.isfinite(logits).all(dim=1, keepdim=True)
-        hits += torch.stack([hit[:, 0].sum(), hit.any(1).sum()]).cpu()
-    return 100.0 * hits / len(x)  # [2]
-
-
-def first_weights(
-    init: Literal["normal", "default", "fan-out"], classes: int, features: int, *, seed: int
+def fit(
+    heads: list[list[Classifier]], batches: Batches, asked: Asked, data: Labelled, settings: Linear, *, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Give the classifier's first weight [C, F] and bias [C], a function of the seed."""
-    generator = torch.Generator().manual_seed(seed_of(WEIGHTS, seed))
-    weight, bias = torch.empty(classes, features), torch.zeros(classes)  # [C, F], [C]
-    if init == "default":
-        bound = 1.0 / math.sqrt(features)
-        return weight.uniform_(-bound, bound, generator=generator), bias.uniform_(-bound, bound, generator=generator)
-    deviation = 0.01 if init == "normal" else math.sqrt(2.0 / classes)
-    return weight.normal_(0.0, deviation, generator=generator), bias
+    """Train `heads`, one row for each of the features that lie side by side, one classifier a rate in a row.
+
+    Gives their accuracies at each measurement in percent, first and among five [n, P, L, 2], and their mean training
+    losses in the last epoch [P, L].
+    """
+    device = torch.device(data.device)
+    widths = [row[0].weight.shape[1] for row in heads]
+    flat = [head for row in heads for head in row]
+    history: list[Tensor] = []
+    losses = torch.zeros(len(heads), len(heads[0]), device=device)  # [P, L]: sums over the epoch's batches
+    before = settings.measured == "before"
+    # Differs: the epoch after the last measurement, which InvP's code trains and nobody sees, is left out.
+    epochs = settings.epochs - before
+
+    def state() -> dict[str, Any]:
+        return {"heads": [head.state() for head in flat], "history": list(history), "losses": losses}
+
+    def restore(kept: dict[str, Any]) -> None:
+        for head, one in zip(flat, kept["heads"], strict=True):
+            head.restore(one)
+        history[:] = kept["history"]
+        losses.copy_(kept["losses"])
+
+    total = epochs * batches.steps
+    with Resumable(data, state=state, restore=restore, steps=total, doing="linear classifier") as going:
+        while True:
+            epoch, start = divmod(going.step, batches.steps)
+            if start == 0 and len(history) < epoch + before:
+                history.append(_accuracies(heads, widths, asked, device))
+            if going.step >= total:
+                break
+            if start == 0:
+                losses.zero_()
+            for share in batches.epoch(epoch, start):
+                rate = scale * share_of_rate(
+                    settings.schedule, epoch=epoch, step=going.step, steps=settings.epochs * batches.steps
+                )
+                for p, x in enumerate(torch.split(share.x, widths, dim=1)):
+                    for place, (head, full) in enumerate(zip(heads[p], settings.learning_rates)):
+                        losses[p, place] += head.step(x, share.y, full * rate, whole=share.whole)
+                going.took_step()
+    return torch.stack(history), losses.cpu() / batches.steps
+
+
+def _accuracies(heads: list[list[Classifier]], widths: list[int], asked: Asked, device: torch.device) -> Tensor:
+    """Shares in percent of all images that ask whose label is first, and among the first five: [P, L, 2]."""
+    right = torch.zeros(len(heads), len(heads[0]), 2, dtype=torch.int64, device=device)  # [P, L, 2]
+    count = torch.zeros(1, dtype=torch.int64, device=device)  # [1]
+    for features, y in asked.blocks():
+        count += len(y)
+        for p, x in enumerate(torch.split(features, widths, dim=1)):
+            for place, head in enumerate(heads[p]):
+                right[p, place] += hits(head, x, y)
+    counts = distributed.gather(torch.cat([right.flatten(), count])[None]).sum(0).cpu()  # [P · L · 2 + 1]
+    return 100.0 * counts[:-1].view(right.shape).double() / int(counts[-1])  # [P, L, 2]
 
 
 def share_of_rate(schedule: Steps | Cosine, *, epoch: int, step: int, steps: int) -> float:
@@ -227,91 +232,105 @@ def share_of_rate(schedule: Steps | Cosine, *, epoch: int, step: int, steps: int
     return 0.5 * (1.0 + math.cos(math.pi * step / steps))
 
 
-def pad_crop(images: Tensor, pad: int, *, mean: tuple[float, ...], std: tuple[float, ...], u: np.ndarray) -> Tensor:
-    """Pad normalised images [B, C, S, S] with black by `pad`, cut S x S anywhere as `u` [B, 2] on [0, 1) says."""
-    b, c, s, _ = images.shape
-    # Black before normalisation, as the papers pad.
-    black = images.new_tensor([-m / d for m, d in zip(mean, std)])[None, :, None, None]  # [1, C, 1, 1]
-    padded = black.expand(b, c, s + 2 * pad, s + 2 * pad).clone()  # [B, C, S + 2p, S + 2p]
-    padded[:, :, pad : pad + s, pad : pad + s] = images
-    shift = torch.from_numpy(np.floor(u * (2 * pad + 1)).astype(np.int64)).to(images.device)  # [B, 2]
-    along = torch.arange(s, device=images.device)  # [S]
-    rows, columns = shift[:, :1] + along, shift[:, 1:] + along  # [B, S], [B, S]
-    picture = torch.arange(b, device=images.device)[:, None, None]  # [B, 1, 1]
-    # Indices around a slice put the channels last.
-    return padded[picture, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)  # [B, C, S, S]
+def _outputs(settings: Linear, classes: int, say: Callable[[str], None]) -> int:
+    """How many outputs the classifier has."""
+    if settings.classes is None or settings.classes == classes:
+        return classes
+    if settings.classes < classes:
+        raise UserError(f"classes is {settings.classes}, but the images have {classes:,} classes. Set classes: null.")
+    say(f"The classifier has {settings.classes:,} outputs for {classes:,} classes, as classes says.")
+    return settings.classes
 
 
-class _Cached:
-    """Batches of features that were made once, in an order of each epoch's own."""
-
-    def __init__(self, x: Tensor, y: Tensor, batch: int, settings: Linear) -> None:
-        self.x, self.y, self.batch, self.seed = x, y, batch, settings.seed
-        self.steps = len(x) // batch if settings.drop_last else math.ceil(len(x) / batch)
-
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Give features [B, F] and labels [B]."""
-        order = torch.from_numpy(permutation(ORDER, self.seed, epoch, n=len(self.x))).to(self.x.device)  # [n]
-        for some in torch.split(order[: self.steps * self.batch], self.batch):
-            yield self.x[some], self.y[some]
+def _size(backbone: FrozenBackbone, settings: Linear) -> int:
+    return backbone.size if settings.test_size is None else settings.test_size
 
 
-class _Augmented:
-    """Batches of features of images that look different in every epoch."""
+def _network(backbone: FrozenBackbone, data: Labelled, settings: Linear) -> nn.Module:
+    """What makes the features: the backbone, its head, or the maps of all blocks."""
+    device = torch.device(data.device)
+    if settings.blocks is None:
+        return backbone.network(settings.features).to(device)
+    return block_maps(backbone, settings.blocks, size=_size(backbone, settings), device=device, say=data.say)
 
-    def __init__(
-        self,
-        backbone: FrozenBackbone,
-        network: nn.Module,
-        data: Labelled,
-        train: object,
-        labels: np.ndarray,
-        batch: int,
-        settings: Linear,
-    ) -> None:
-        assert settings.augment is not None
-        self.backbone, self.network, self.settings = backbone, network, settings
-        self.labels = torch.from_numpy(labels).to(data.device)  # [N]
-        self.loader = Loader(
-            train,  # type: ignore[arg-type]
-            Views(augment=(settings.augment,), pairs=((0, None),)),
-            channels=backbone.channels,
-            mean=backbone.mean,
-            std=backbone.std,
-            batch_size=batch,
-            seed=settings.seed,
-            workers=data.workers,
-            device=data.device,
-            drop_last=settings.drop_last,
+
+def _asked(
+    backbone: FrozenBackbone, network: nn.Module, data: Labelled, test: Source, answers: Labels, settings: Linear
+) -> Kept | Remade:
+    """The test images: their features are kept unless that takes too much."""
+    size, resize = settings.test_size, settings.test_resize
+    width = sum(network.widths) if isinstance(network, BlockMaps) else 0  # one map's features are few
+    if settings.augment is not None and 4 * width * len(test) > KEPT_BYTES:
+        if size is None:
+            size, resize = backbone.size, resize_for(test, backbone.size, backbone.resize, channels=backbone.channels)
+        return Remade(backbone, network, data, test, answers, width=width, size=size, resize=resize)
+    x, found = data.features(backbone, network, test, size=size, resize=resize, doing="test features")
+    return Kept(x, torch.from_numpy(answers[found]), device=torch.device(data.device))
+
+
+def _batches(
+    backbone: FrozenBackbone, network: nn.Module, data: Labelled, train: Source, labels: Labels, settings: Linear
+) -> tuple[Cached | Augmented, int]:
+    """What is learned from, and the size of a batch."""
+    batch, world = min(settings.batch_size, len(train)), distributed.world()
+    if batch < settings.batch_size:
+        data.say(
+            f"batch_size is {settings.batch_size:,}; there are {batch:,} training images, so a batch is all of them."
         )
-        self.steps = self.loader.steps_per_epoch
-
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Give features [B, F] and labels [B]."""
-        for batch in self.loader.epoch(epoch):
-            images = batch.views[0]  # [B, C, S, S]
-            if self.settings.pad_crop is not None:
-                where = batch.index.cpu().numpy()  # [B]
-                u = uniforms(VIEW, self.settings.seed, epoch, where, _PAD_CROP, draws=2)  # [B, 2]
-                images = pad_crop(images, self.settings.pad_crop, mean=self.backbone.mean, std=self.backbone.std, u=u)
-            with frozen(self.network):
-                features = self.network(images).flatten(1).float()  # [B, F]
-            yield features, self.labels[batch.index]
+    if settings.augment is None:
+        x, found = data.features(
+            backbone,
+            network,
+            train,
+            size=settings.test_size,
+            resize=settings.test_resize,
+            doing="training features",
+        )
+        batch = min(batch, len(x))
+        y = torch.from_numpy(labels[found])  # [n]
+        device = torch.device(data.device)
+        return Cached(x, y, batch=batch, seed=settings.seed, drop_last=settings.drop_last, device=device), batch
+    if batch < settings.batch_size:
+        batch -= batch % world
+    left = len(train) % batch
+    lost = left if left // world == 1 else left % world
+    if lost and world > 1 and not settings.drop_last:
+        data.say(f"Of each epoch's last batch {lost} images are left out: they do not divide over {world} processes.")
+    augmented = Augmented(
+        backbone,
+        network,
+        data,
+        train,
+        labels,
+        augment=settings.augment,
+        pad=settings.pad_crop,
+        batch=batch,
+        seed=settings.seed,
+        drop_last=settings.drop_last,
+    )
+    return augmented, batch
 
 
 def _values(history: Tensor, losses: Tensor, settings: Linear, classes: int, data: Labelled) -> dict[str, float]:
-    """Name the results; history [epochs, 2, L], losses [L] of the last epoch."""
+    """Name the results; history [n, P, L, 2], losses [P, L] of the last epoch."""
     values: dict[str, float] = {}
-    for place, rate in enumerate(settings.learning_rates):
-        name = f"lr={rate:g}"
-        if not torch.isfinite(losses[place]):
-            data.say(f"{name} diverged: its training loss is not finite. Leave it out or lower it.")
-        values[f"last/{name}"] = float(history[-1, 0, place])
-        values[f"best/{name}"] = float(history[:, 0, place].max())
-        values[f"best_epoch/{name}"] = float(history[:, 0, place].argmax() + 1)
-        if classes > 5:
-            values[f"last_top5/{name}"] = float(history[-1, 1, place])
-    chosen = int(torch.nan_to_num(losses, nan=math.inf).argmin())
-    values["last"] = float(history[-1, 0, chosen])
-    values["best"] = float(history[:, 0].max())
+    first = int(settings.measured == "after")  # epochs that the first measurement has seen
+    for block in range(losses.shape[0]):
+        for place, rate in enumerate(settings.learning_rates):
+            words = [] if settings.blocks is None else [f"block={block}"]
+            if settings.blocks is None or len(settings.learning_rates) > 1:
+                words.append(f"lr={rate:g}")
+            name, top = ",".join(words), history[:, block, place, 0]  # [n]
+            if not torch.isfinite(losses[block, place]):
+                data.say(f"{name} diverged: its training loss is not finite. Leave it out or lower it.")
+            values[f"last/{name}"] = float(top[-1])
+            values[f"best/{name}"] = float(top.max())
+            values[f"best_epoch/{name}"] = float(top.argmax() + first)
+            if classes > 5:
+                values[f"last_top5/{name}"] = float(history[-1, block, place, 1])
+    chosen = int(torch.nan_to_num(losses[-1], nan=math.inf).argmin())
+    values["last"] = float(history[-1, -1, chosen, 0])
+    values["best"] = float(history[..., 0].max())
+    if settings.blocks is not None:
+        values["best_block"] = float(history[..., 0].amax(dim=(0, 2)).argmax())
     return values
