@@ -82,7 +82,7 @@ TRIALS = (
     Trial(
         "fine-tune",
         IMAGENETTE,
-        "accuracy",
+        "top1",
         ("--size", "64", "--limit", "2000", "epochs=10", "batch_size=64", "backbone_rate=0.03"),
     ),
     Trial("transfer", IMAGENETTE, "mean", ("--size", "64", "--limit", "2000", "decays=12")),
