@@ -22,11 +22,19 @@ from kinfold.devices import choose_device, choose_workers
 from kinfold.errors import UserError
 from kinfold.evaluate.backbones import FrozenBackbone, load_backbone
 from kinfold.evaluate.conditions import tell
+from kinfold.evaluate.detection import Detection, open_detection
+from kinfold.evaluate.detection import detection as by_detection
+from kinfold.evaluate.fine_tune import FineTune
+from kinfold.evaluate.fine_tune import fine_tune as by_fine_tune
 from kinfold.evaluate.knn import KNN
 from kinfold.evaluate.knn import knn as by_knn
 from kinfold.evaluate.labelled import Labelled, open_labelled
 from kinfold.evaluate.linear import Linear
 from kinfold.evaluate.linear import linear as by_linear
+from kinfold.evaluate.masked import open_masked
+from kinfold.evaluate.multi_label import open_multi_label
+from kinfold.evaluate.patches import Patches
+from kinfold.evaluate.patches import patches as by_patches
 from kinfold.evaluate.protocol import Protocol, Request
 from kinfold.evaluate.results import (
     about_backbone,
@@ -38,6 +46,16 @@ from kinfold.evaluate.results import (
     write_result,
 )
 from kinfold.evaluate.resumable import Stopped
+from kinfold.evaluate.segmentation import Segmentation
+from kinfold.evaluate.segmentation import segmentation as by_segmentation
+from kinfold.evaluate.semi_supervised import SemiSupervised
+from kinfold.evaluate.semi_supervised import semi_supervised as by_semi_supervised
+from kinfold.evaluate.transfer import Transfer, open_transfer
+from kinfold.evaluate.transfer import transfer as by_transfer
+from kinfold.evaluate.voc_logistic import VOCLogistic
+from kinfold.evaluate.voc_logistic import voc_logistic as by_voc_logistic
+from kinfold.evaluate.voc_svm import VOCSVM
+from kinfold.evaluate.voc_svm import voc_svm as by_voc_svm
 from kinfold.reading import assign, parse, plain, read_text, read_yaml
 from kinfold.recipe import RECIPES, find_recipe
 
@@ -54,6 +72,8 @@ __all__ = [
 ]
 
 _ACCURACY = "percent of the test images"
+_PRECISION = "percent: mean average precision over the classes; AP/... of one class"
+_UNION = "percent: mean intersection over union of the classes' pixels; IoU/... of one class"
 
 PROTOCOLS: dict[str, Protocol] = {
     "knn": Protocol(settings=KNN, measure=by_knn, open=open_labelled, unit=_ACCURACY),
@@ -61,8 +81,30 @@ PROTOCOLS: dict[str, Protocol] = {
         settings=Linear,
         measure=by_linear,
         open=open_labelled,
-        unit=f"{_ACCURACY}; best_epoch is a number of an epoch, from 1",
+        unit=f"{_ACCURACY}; best_epoch counts epochs trained; best_block counts residual blocks, 0 is the stem",
     ),
+    "semi-supervised": Protocol(
+        settings=SemiSupervised,
+        measure=by_semi_supervised,
+        open=open_labelled,
+        unit=f"{_ACCURACY}; labels is a number of images; grid/... is of held-out images; chosen/... are the rates",
+    ),
+    "fine-tune": Protocol(
+        settings=FineTune,
+        measure=by_fine_tune,
+        open=open_labelled,
+        unit=f"{_ACCURACY}; mean_per_class is the mean of the classes' percentages; best_epoch counts epochs trained",
+    ),
+    "transfer": Protocol(
+        settings=Transfer, measure=by_transfer, open=open_transfer, unit="percent; decay/... is the chosen weight decay"
+    ),
+    "voc-svm": Protocol(settings=VOCSVM, measure=by_voc_svm, open=open_multi_label, unit=_PRECISION),
+    "voc-logistic": Protocol(settings=VOCLogistic, measure=by_voc_logistic, open=open_multi_label, unit=_PRECISION),
+    "detection": Protocol(
+        settings=Detection, measure=by_detection, open=open_detection, unit="percent: average precision of boxes"
+    ),
+    "segmentation": Protocol(settings=Segmentation, measure=by_segmentation, open=open_masked, unit=_UNION),
+    "patches": Protocol(settings=Patches, measure=by_patches, open=open_masked, unit=_UNION),
 }
 
 
