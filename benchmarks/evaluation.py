@@ -6,8 +6,8 @@
 DATA is a folder with the sets `cifar10`, `tiny-imagenet-200-32px` and `imagenette-224-subset` (Parquet), and the
 VOC-layout sets `bccd-voc/BCCD.tar` and `voc2012-mini200/VOC2012-mini200.tar`, which are unpacked for the while. Each
 protocol is one call of the command with a small backbone and a short schedule: the settings are in the table below, and
-no paper's. Chance is 100 / classes for accuracies, the mean share of images that show a class for average precision of
-images, predicting background only for segmentation, and none for detection. Writes
+no paper's. Chance is 100 / classes for accuracies, the mean of 200 random orders for average precision of images,
+predicting background only for segmentation, and none for detection. Writes
 `benchmarks/results/evaluation-PROTOCOL[-SET].json`.
 """
 
@@ -110,12 +110,20 @@ def chance(trial: Trial, result: dict[str, Any], folder: Path) -> float:
         return 0.0
     if trial.protocol.startswith("voc-"):
         from kinfold.data import voc
+        from kinfold.evaluate.average_precision import all_point, curve, step
 
         kit = voc.find_devkits(str(folder))[0]
         split = "test" if voc.has_list(kit, "test") else "val"
         present = voc.presence(kit, split, tuple(result["data"]["classes"]))  # [Q, C]
-        shown = (present == 1).mean(axis=0)  # [C]
-        return 100.0 * float(np.mean(shown[shown > 0]))
+        order = np.random.default_rng(0)
+        form = all_point if trial.protocol == "voc-svm" else step
+        found = [
+            form(curve(order.random(int((column != 0).sum())), column[column != 0] == 1))
+            for column in present.T
+            if (column == 1).any()
+            for _ in range(200)
+        ]
+        return 100.0 * float(np.mean(found))
     return 0.5 if trial.data == TINY else 10.0
 
 
