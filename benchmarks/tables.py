@@ -30,6 +30,29 @@ LEARNING = {
     "invp": ("InvP, second term from epoch 6 on", "invp --data CIFAR10"),
     "invp-digits": ("InvP on the 1,437 digits, k = 20", f"{DIGITS} --seeds 0 1 2"),
 }
+EVALUATION = {
+    "knn": ("k-NN", "cifar10"),
+    "linear-cifar10": ("linear", "cifar10"),
+    "linear-tiny-imagenet": ("linear", "tiny-imagenet-200-32px"),
+    "linear-blocks": ("linear, all blocks", "cifar10"),
+    "semi-supervised": ("semi-supervised", "cifar10"),
+    "fine-tune": ("fine-tune", "imagenette-224-subset"),
+    "transfer": ("transfer", "imagenette-224-subset"),
+    "voc-svm": ("VOC SVM", "voc2012-mini200"),
+    "voc-logistic": ("VOC logistic", "voc2012-mini200"),
+    "detection": ("detection", "bccd-voc"),
+    "segmentation": ("segmentation", "voc2012-mini200"),
+    "patches": ("patches", "voc2012-mini200"),
+}
+"""results of benchmarks/evaluation.py: name to protocol and set"""
+SETS = {
+    "cifar10": "CIFAR-10",
+    "tiny-imagenet-200-32px": "Tiny-ImageNet, 32 px",
+    "imagenette-224-subset": "Imagenette, subset",
+    "voc2012-mini200": "200 images of VOC 2012",
+    "bccd-voc": "BCCD, blood cells",
+}
+PARTS = {"extract": "making features", "linear": "linear classifier on them", "knn": "k-NN on them"}
 GPU = ("moco/cifar10-notebook-asymmetric", "sce/cifar10")
 
 
@@ -188,9 +211,68 @@ def demo() -> list[str]:
     return [f"{intro} Measured on: {machine(result)}.", "", *head, f"| {' | '.join(columns)} |"]
 
 
+def evaluation() -> list[str]:
+    """Every protocol from end to end, beside chance."""
+    results = {name: read(f"evaluation-{name}") for name in EVALUATION}
+    found = [result for result in results.values() if result is not None]
+    intro = (
+        "Does every protocol of `kinfold evaluate` run from end to end on two cores, and is its figure better than "
+        "chance? A small backbone and short schedules that are no paper's, per cent; the time is that of the whole "
+        "command. Chance is 100 / classes for accuracies, the mean of random orders for the two VOC classifiers, "
+        "calling everything background for masks, and 0 for detection. The result files have all settings and values."
+    )
+    if found:
+        places, backbones = (list(dict.fromkeys(each)) for each in zip(*((machine(r), r["backbone"]) for r in found)))
+        intro += f" Measured on: {'; '.join(places)}. Backbone: {'; '.join(backbones)}."
+    head = ["| protocol | images | value | result | chance | time | file or command |", "|---|---|---|--:|--:|--:|---|"]
+    rows = []
+    for name, (title, data) in EVALUATION.items():
+        result, images = results[name], SETS[data]
+        if result is None:
+            command = f"`python benchmarks/evaluation.py --backbone RUN --data DATA --only {name}`"
+            rows.append(f"| {title} | {images} | {NOT_YET} | | | | {command} |")
+            continue
+        columns = [
+            title,
+            images,
+            f"`{result['value']}`",
+            f"{result['percent']:.1f}",
+            f"{result['chance_percent']:.1f}",
+            f"{result['seconds']:.0f} s",
+            link(f"evaluation-{name}"),
+        ]
+        rows.append(f"| {' | '.join(columns)} |")
+    return [intro, "", *head, *rows]
+
+
+def features_memory() -> list[str]:
+    """Memory while features of a large set are made and used."""
+    result = read("features-memory")
+    intro = (
+        "How much memory do features of a large set take? A process's own memory at most, beyond what it had after its "
+        "imports; pages of mapped files are not counted, as the system may drop them at any time."
+    )
+    head = ["| part | own memory | time | file or command |", "|---|--:|--:|---|"]
+    if result is None:
+        command = "`python benchmarks/features_memory.py --images 1281167`"
+        return [intro, "", *head, f"| {', '.join(PARTS.values())} | {NOT_YET} | | {command} |"]
+    intro += (
+        f" {result['images']:,} synthetic images, {result['features']:,} features each: "
+        f"{result['mb_of_the_features_on_disk'] / 1000:.1f} GB on the disk, {result['mb_of_a_batch']:.1f} MB a batch. "
+        f"Measured on: {machine(result)}."
+    )
+    rows = [
+        f"| {title} | {result['parts'][part]['mb_own_at_most']:.0f} MB | {result['parts'][part]['seconds']:.0f} s "
+        f"| {link('features-memory')} |"
+        for part, title in PARTS.items()
+    ]
+    return [intro, "", *head, *rows]
+
+
 def block() -> str:
     """All tables, with the markers around them."""
-    return "\n".join([BEGIN, "", *demo(), "", *learning(), "", *overhead(), "", *listing(), "", *gpu(), "", END])
+    made = (demo(), learning(), evaluation(), features_memory(), overhead(), listing(), gpu())
+    return "\n".join([BEGIN, "", *(line for table in made for line in (*table, "")), END])
 
 
 def rewritten(text: str) -> str:

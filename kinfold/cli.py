@@ -223,7 +223,8 @@ def _protocol(name: str, text: str) -> None:
             raise typer.Exit(128 + stopped.signal) from None
         if distributed.is_main():
             for key, number in result["values"].items():
-                typer.echo(f"{key:28} {number:.2f}")
+                # Rates and decays are small; percentages read best with two digits.
+                typer.echo(f"{key:28} {number:{'.2f' if abs(number) >= 0.1 or not number else '.3g'}}")
             typer.echo(f"written to {result['file']}")
         distributed.stop()
 

@@ -14,9 +14,9 @@ from PIL import Image
 from kinfold.data.mask_crops import Crops
 from kinfold.encoders import Backbone, build_backbone
 from kinfold.evaluate import FrozenBackbone
-from kinfold.evaluate.mask_picture import palette
-from kinfold.evaluate.masked import Masked, open_masked
 from kinfold.evaluate.protocol import Request
+from kinfold.evaluate.segmentation.masked import Masked, open_masked
+from kinfold.evaluate.segmentation.picture import palette
 
 COLOURS = np.array([[40, 40, 40], [220, 60, 60], [60, 220, 60]], np.uint8)
 """of background, class 1 and class 2"""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from kinfold.data.masks import VOID
-from kinfold.evaluate.confusion import Confusion, constant, values
+from kinfold.evaluate.segmentation.confusion import Confusion, constant, values
 
 
 def confused(truth: list[int], predicted: list[int], classes: int) -> Confusion:

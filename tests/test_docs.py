@@ -9,6 +9,7 @@ import importlib.util
 import json
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +22,7 @@ import typer
 from kinfold.cli import app
 from kinfold.data.sources import open_source
 from kinfold.errors import UserError
-from kinfold.evaluate import load_protocol
+from kinfold.evaluate import PROTOCOLS, load_protocol
 from kinfold.memory import Queue
 from kinfold.methods import MoCo
 from kinfold.recipe import find_recipe, load
@@ -81,14 +82,15 @@ def check(words: list[str]) -> None:
     """Parse a command, and read the recipes and settings that it names."""
     if len(words) == 1 and words[0] in {"pretrain", "evaluate", "embed", "export"}:
         return  # the name of a command in a sentence
+    words = [word for word in words if word != "--help"]  # it would print, and end the check
     name, given = parsed(words)
     settings = list(given.get("settings") or [])
     if name == "pretrain":
         default = "digits" if given["data"] == "digits" else "own-images"
         recipe = given["recipe"] or default
         load("own-images" if recipe == "NAME" else recipe, settings, run={"data": given["data"], "out": "out"})
-    elif name == "evaluate":
-        load_protocol(given["protocol"], given["recipe"], settings)
+    elif name.startswith("evaluate ") and name != "evaluate report":
+        load_protocol(name.removeprefix("evaluate "), given["recipe"], settings)
     elif name == "recipes show":
         find_recipe("own-images" if given["name"] == "NAME" else given["name"])
 
@@ -109,9 +111,13 @@ def test_the_check_of_commands_refuses_what_is_wrong() -> None:
         check(["pretrain", "photos/", "--recipe", "sce/cifar11"])
     with pytest.raises(UserError, match="neighbours"):
         check(["evaluate", "knn", "--backbone", "b", "--data", "d", "neighbors=[3]"])
+    with pytest.raises(UserError, match="share"):
+        check(["evaluate", "semi-supervised", "share=0.1", "list=1percent.txt"])
     for wrong in (
         ["pretrain", "--quiet"],
         ["pretrian", "photos/"],
+        ["evaluate", "knnn", "--backbone", "b", "--data", "d"],
+        ["evaluate", "report", "runs", "--publish"],
         ["embed", "run", "photos/", "--output", "x.parquet"],
     ):
         with pytest.raises(Exception) as refused:
@@ -135,11 +141,15 @@ def accepted(setting: str) -> bool:
     """Whether a recipe, a run or a protocol takes a setting."""
     if setting in {"key=value", "out=", "data="}:
         return True
-    # Some settings need company: statistics one a channel, a bank for what only a bank has.
+    # Some settings need company: statistics one a channel, one choice of labels, the right end for milestones.
     company = {
         "images.channels": ["images.mean=[0.45]", "images.std=[0.2]"],
         "images.mean": ["images.channels=1", "images.std=[0.2]"],
         "images.std": ["images.channels=1", "images.mean=[0.4]"],
+        "share": ["list=names.txt"] if setting == "share=null" else [],
+        "list": ["share=null"],
+        "iterations": ["milestones=[1]"],
+        "pad_crop": ["augment={like: weak, size: 32, scale: [1.0, 1.0], ratio: [1.0, 1.0]}"],
     }.get(setting.split("=")[0], [])
     for recipe in ("own-images", "invp/cifar10"):
         try:
@@ -147,9 +157,9 @@ def accepted(setting: str) -> bool:
             return True
         except UserError:
             pass
-    for protocol in ("knn", "linear"):
+    for protocol in PROTOCOLS:
         try:
-            load_protocol(protocol, "default", [setting])
+            load_protocol(protocol, "default", [*company, setting])
             return True
         except UserError:
             pass
@@ -159,7 +169,7 @@ def accepted(setting: str) -> bool:
 @each_page
 def test_every_recipe_in_the_text_exists(page: Path) -> None:
     for word in code_words(page):
-        if re.fullmatch(r"(moco|ressl|sce|co2|invp|evaluate/(knn|linear))/[\w-]*\w", word):
+        if re.fullmatch(rf"(moco|ressl|sce|co2|invp|evaluate/({'|'.join(PROTOCOLS)}))/[\w-]*\w", word):
             find_recipe(word)
 
 
@@ -308,6 +318,18 @@ def test_a_result_file_becomes_a_row_with_mean_and_deviation(tmp_path: Path, mon
     assert "90 % of the bare loop" in made.overhead()[0]
     assert "| 27.0 | 700 MB |" in made.overhead()[4]
     assert "No accelerator was at hand" in made.gpu()[0]
+    assert all(NOT_YET in row for row in made.evaluation()[4:])
+    protocol = {"value": "mIoU", "percent": 12.34, "chance_percent": 3.5, "seconds": 99.7, "backbone": "resnet10_w32"}
+    (tmp_path / "evaluation-patches.json").write_text(json.dumps({**protocol, **about}))
+    assert "Measured on: A, 1 of 2 cores. Backbone: resnet10_w32." in made.evaluation()[0]
+    assert "| `mIoU` | 12.3 | 3.5 | 100 s | [evaluation-patches.json]" in made.evaluation()[-1]
+    assert sum(NOT_YET in row for row in made.evaluation()) == len(made.EVALUATION) - 1
+    assert NOT_YET in made.features_memory()[-1]
+    parts = {part: {"mb_own_at_most": 41.6, "seconds": 7.2} for part in made.PARTS}
+    memory = {"images": 1281167, "features": 2048, "mb_of_the_features_on_disk": 10495.3, "mb_of_a_batch": 2.1}
+    (tmp_path / "features-memory.json").write_text(json.dumps({**memory, "parts": parts, **about}))
+    assert "1,281,167 synthetic images, 2,048 features each: 10.5 GB on the disk" in made.features_memory()[0]
+    assert "| k-NN on them | 42 MB | 7 s | [features-memory.json]" in made.features_memory()[-1]
     assert NOT_YET in made.demo()[-1]
     (tmp_path / "demo.json").write_text(
         json.dumps({"seconds": 61.4, "knn_untrained": 90.04, "knn_trained": 95.0, **about})
@@ -349,3 +371,22 @@ def test_the_tables_of_recipes_claim_no_reproduction_without_a_file() -> None:
                 continue
             if len(words) <= (column or 0):
                 column = None
+
+
+def test_the_table_of_protocols_has_every_trial_of_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    spec = importlib.util.spec_from_file_location("benchmark_of_evaluation", ROOT / "benchmarks" / "evaluation.py")
+    assert spec is not None
+    assert spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, benchmark)  # dataclasses look there for annotations
+    spec.loader.exec_module(benchmark)
+    listed = {f"evaluation-{name}": data for name, (_, data) in tables().EVALUATION.items()}
+    assert {trial.file: trial.data for trial in benchmark.TRIALS} == listed
+    for trial in benchmark.TRIALS:
+        check(["evaluate", trial.protocol, *trial.words])
+
+
+def test_every_protocol_has_a_command_and_its_values_on_the_pages() -> None:
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    assert all(f"\nkinfold evaluate {name} " in text and f"\n| `{name}` |" in text for name in PROTOCOLS)

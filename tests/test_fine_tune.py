@@ -27,11 +27,11 @@ from kinfold.encoders import Backbone, build_backbone
 from kinfold.errors import UserError
 from kinfold.evaluate.accuracies import accuracies
 from kinfold.evaluate.backbones import FrozenBackbone, hash_of
-from kinfold.evaluate.classifier import first_weights
 from kinfold.evaluate.conditions import Conditions
 from kinfold.evaluate.fine_tune import FineTune, fine_tune
 from kinfold.evaluate.labelled import Labelled
 from kinfold.evaluate.linear import Cosine, Steps
+from kinfold.evaluate.linear.classifier import first_weights
 from kinfold.evaluate.resumable import Resumable, Stopped
 from kinfold.evaluate.tuning import Diverged, Task, rates, tune
 from kinfold.randomness import ORDER, permutation

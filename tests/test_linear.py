@@ -19,10 +19,10 @@ from kinfold.data.sources import Subset, open_source
 from kinfold.encoders import Backbone, build_backbone
 from kinfold.errors import UserError
 from kinfold.evaluate import FrozenBackbone, Labelled, Linear, evaluate, load_protocol
-from kinfold.evaluate.classifier import Classifier, first_weights, hits
 from kinfold.evaluate.features import hash_of
 from kinfold.evaluate.linear import Cosine, Steps, fit, linear, share_of_rate
-from kinfold.evaluate.linear_batches import Cached, Kept, pad_crop
+from kinfold.evaluate.linear.batches import Cached, Kept, pad_crop
+from kinfold.evaluate.linear.classifier import Classifier, first_weights, hits
 from kinfold.views import Augmentation
 
 WHOLE = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
@@ -381,7 +381,7 @@ def test_features_in_a_map_of_a_file_are_read_batch_by_batch(tmp_path: Path) -> 
     assert Rows.taken == [64] * 13 + [40]
     Rows.taken.clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kinfold.evaluate.linear_batches._ASKED_ROWS", 300)
+        patch.setattr("kinfold.evaluate.linear.batches._ASKED_ROWS", 300)
         assert torch.equal(torch.cat([some for some, _ in Kept(x.as_subclass(Rows), y, device=device).blocks()]), x)
     assert Rows.taken == [300, 300, 300, 100]
 

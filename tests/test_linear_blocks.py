@@ -17,7 +17,7 @@ from kinfold.errors import UserError
 from kinfold.evaluate import FrozenBackbone, Labelled, Linear, load_protocol
 from kinfold.evaluate.features import frozen, hash_of
 from kinfold.evaluate.linear import linear
-from kinfold.evaluate.residual_blocks import BlockMaps, block_maps
+from kinfold.evaluate.linear.residual_blocks import BlockMaps, block_maps
 from kinfold.evaluate.resnet import parts
 from kinfold.views import Augmentation
 

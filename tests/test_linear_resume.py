@@ -23,8 +23,8 @@ from kinfold.checkpoint import load_latest
 from kinfold.data.sources import Subset, open_source
 from kinfold.encoders import Backbone, build_backbone
 from kinfold.evaluate import FrozenBackbone, Labelled, Linear, Stopped
-from kinfold.evaluate.classifier import Classifier
 from kinfold.evaluate.linear import Cosine, linear
+from kinfold.evaluate.linear.classifier import Classifier
 from kinfold.evaluate.resumable import Resumable
 from kinfold.views import Augmentation
 

@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 
 from kinfold.errors import UserError
-from kinfold.evaluate.logistic import Probe, eleven_point, per_class, published_decays
+from kinfold.evaluate.transfer.logistic import Probe, eleven_point, per_class, published_decays
 
 Pair = tuple[np.ndarray, np.ndarray]
 

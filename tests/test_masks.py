@@ -19,7 +19,7 @@ from kinfold.data.masks import VOID, Masks, open_masks, read_mask
 from kinfold.data.voc import CLASSES
 from kinfold.data.work import Task, run
 from kinfold.errors import UserError
-from kinfold.evaluate.mask_picture import palette
+from kinfold.evaluate.segmentation.picture import palette
 
 
 def load(path: Path, split: str | None = None, *, training: bool = True, limit: int | None = None) -> Masks:

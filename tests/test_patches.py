@@ -18,12 +18,13 @@ from torch.nn import functional as F
 
 from kinfold.encoders import Backbone, build_backbone
 from kinfold.errors import UserError
-from kinfold.evaluate import FrozenBackbone, pixels
+from kinfold.evaluate import FrozenBackbone
 from kinfold.evaluate.backbones import hash_of
 from kinfold.evaluate.patches import FrozenMaps, Patches, build_probe, patches
-from kinfold.evaluate.pixels import pixel_loss
 from kinfold.evaluate.resnet import parts
 from kinfold.evaluate.resumable import Stopped
+from kinfold.evaluate.segmentation import pixels
+from kinfold.evaluate.segmentation.pixels import pixel_loss
 from kinfold.reading import parse, read_text, read_yaml
 from kinfold.recipe import RECIPES
 

@@ -29,15 +29,15 @@ from kinfold.data.masks import Masks
 from kinfold.data.voc import CLASSES
 from kinfold.encoders import Backbone, build_backbone
 from kinfold.errors import UserError
-from kinfold.evaluate import FrozenBackbone, pixels
+from kinfold.evaluate import FrozenBackbone
 from kinfold.evaluate.backbones import hash_of
-from kinfold.evaluate.confusion import Confusion
-from kinfold.evaluate.mask_picture import draw_segmentations
-from kinfold.evaluate.masked import Held, Masked, checked, open_masked
-from kinfold.evaluate.pixels import normalised, pixel_loss, tent, upsample
 from kinfold.evaluate.protocol import Protocol
 from kinfold.evaluate.resumable import Stopped
-from kinfold.evaluate.segmentation import FCN, Segmentation, build_fcn, segmentation
+from kinfold.evaluate.segmentation import FCN, Segmentation, build_fcn, pixels, segmentation
+from kinfold.evaluate.segmentation.confusion import Confusion
+from kinfold.evaluate.segmentation.masked import Held, Masked, checked, open_masked
+from kinfold.evaluate.segmentation.picture import draw_segmentations
+from kinfold.evaluate.segmentation.pixels import normalised, pixel_loss, tent, upsample
 from kinfold.reading import parse, read_text, read_yaml
 from kinfold.recipe import RECIPES
 

@@ -20,16 +20,16 @@ from torch import nn
 
 from kinfold.data.cropped import Cropped
 from kinfold.data.decode import Undecodable, decode
-from kinfold.data.small_sets import open_small_set
+from kinfold.data.named_sets import open_small_set
 from kinfold.data.sources import Digits, Subset, open_source
 from kinfold.errors import UserError
 from kinfold.evaluate import FrozenBackbone
 from kinfold.evaluate.backbones import hash_of
-from kinfold.evaluate.logistic import eleven_point, published_decays
 from kinfold.evaluate.protocol import Request
 from kinfold.evaluate.resumable import Stopped
 from kinfold.evaluate.transfer import Transfer, open_transfer, transfer
-from kinfold.evaluate.transfer_sets import ELEVEN, Collection
+from kinfold.evaluate.transfer.logistic import eleven_point, published_decays
+from kinfold.evaluate.transfer.sets import ELEVEN, Collection
 from kinfold.reading import parse, read_text, read_yaml
 from kinfold.recipe import RECIPES
 

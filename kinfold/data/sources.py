@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kinfold.data.folder import EXTENSIONS, Listing, extension, list_folder, open_folder
-from kinfold.data.small_sets import open_small_set
+from kinfold.data.named_sets import open_small_set
 from kinfold.data.splits import by_split, choose
 from kinfold.data.tables import is_hub_name, is_saved, open_files, open_hub, open_saved, table_files
 from kinfold.data.tars import expand, open_tars
@@ -148,7 +148,7 @@ def open_source(data: str, *, split: str = "train", limit: int | None = None, ca
       saved;
     - a `.tar` file, a pattern such as `shard-{000..012}.tar`, or a folder of tar files;
     - `hf:owner/name` or `hf:owner/name:config` on the Hugging Face Hub;
-    - `torchvision:NAME` or `torchvision:NAME@ROOT`, one of the small sets (`kinfold.data.small_sets`).
+    - `torchvision:NAME` or `torchvision:NAME@ROOT`, one of the small sets (`kinfold.data.named_sets`).
 
     `split` is "train", "test", "all", or a name that the data has. `limit` keeps that many images, drawn
     evenly and always the same ones; a smaller limit keeps some of those that a larger one keeps. `cache` is

@@ -31,7 +31,6 @@ from kinfold.evaluate.knn import knn as by_knn
 from kinfold.evaluate.labelled import Labelled, open_labelled
 from kinfold.evaluate.linear import Linear
 from kinfold.evaluate.linear import linear as by_linear
-from kinfold.evaluate.masked import open_masked
 from kinfold.evaluate.multi_label import open_multi_label
 from kinfold.evaluate.patches import Patches
 from kinfold.evaluate.patches import patches as by_patches
@@ -48,6 +47,7 @@ from kinfold.evaluate.results import (
 from kinfold.evaluate.resumable import Stopped
 from kinfold.evaluate.segmentation import Segmentation
 from kinfold.evaluate.segmentation import segmentation as by_segmentation
+from kinfold.evaluate.segmentation.masked import open_masked
 from kinfold.evaluate.semi_supervised import SemiSupervised
 from kinfold.evaluate.semi_supervised import semi_supervised as by_semi_supervised
 from kinfold.evaluate.transfer import Transfer, open_transfer
@@ -73,7 +73,7 @@ __all__ = [
 
 _ACCURACY = "percent of the test images"
 _PRECISION = "percent: mean average precision over the classes; AP/... of one class"
-_UNION = "percent: mean intersection over union of the classes' pixels; IoU/... of one class"
+_UNION = "percent: mean intersection over union of the classes' pixels; iou/... of one class"
 
 PROTOCOLS: dict[str, Protocol] = {
     "knn": Protocol(settings=KNN, measure=by_knn, open=open_labelled, unit=_ACCURACY),

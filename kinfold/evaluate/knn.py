@@ -169,8 +169,9 @@ def nearest(
 
     Both may be maps of files: rows are read, made unit vectors and moved to `device` (that of `queries` if not given)
     block by block, and the bank is read once for every 65,536 queries. Memory is `block` x `bank_block` similarities
-    and `bank_block` rows at a time; if not given, the rows are of 128 MB, at most 65,536. With `exclude_self` row i of the bank is query i and not among its neighbours. Raises `ValueError` where
-    k is not in [1, N], or [1, N − 1] without oneself.
+    and `bank_block` rows at a time; if not given, the rows are of 128 MB, at most 65,536. With `exclude_self` row i of
+    the bank is query i and not among its neighbours. Raises `ValueError` where k is not in [1, N], or [1, N − 1]
+    without oneself.
     """
     most = len(bank) - exclude_self
     if not 1 <= k <= most:

@@ -21,9 +21,9 @@ from kinfold import distributed
 from kinfold.errors import UserError
 from kinfold.evaluate.backbones import FrozenBackbone
 from kinfold.evaluate.features import frozen
-from kinfold.evaluate.masked import Masked, checked
-from kinfold.evaluate.pixels import PixelTraining, ask, fit, upsample
 from kinfold.evaluate.resnet import parts
+from kinfold.evaluate.segmentation.masked import Masked, checked
+from kinfold.evaluate.segmentation.pixels import PixelTraining, ask, fit, upsample
 from kinfold.randomness import WEIGHTS, seed_of
 from kinfold.settings import settings
 

@@ -23,10 +23,10 @@ from kinfold.data.sources import Source, split_off
 from kinfold.errors import UserError
 from kinfold.evaluate.accuracies import accuracies
 from kinfold.evaluate.backbones import FrozenBackbone
-from kinfold.evaluate.classifier import first_weights
 from kinfold.evaluate.features import frozen, left_out, resize_for
 from kinfold.evaluate.labelled import Labelled, Labels, labels_of
 from kinfold.evaluate.linear import Cosine, Steps, share_of_rate
+from kinfold.evaluate.linear.classifier import first_weights
 from kinfold.evaluate.resumable import Resumable
 from kinfold.randomness import STEP, seed_of
 from kinfold.settings import settings

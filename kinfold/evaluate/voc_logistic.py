@@ -29,8 +29,8 @@ from kinfold.data.loader import Loader
 from kinfold.data.voc import Presence
 from kinfold.evaluate.average_precision import all_point, curve, step
 from kinfold.evaluate.backbones import FrozenBackbone
-from kinfold.evaluate.classifier import first_weights
 from kinfold.evaluate.features import frozen
+from kinfold.evaluate.linear.classifier import first_weights
 from kinfold.evaluate.multi_label import MultiLabel
 from kinfold.evaluate.resnet import parts
 from kinfold.evaluate.resumable import Resumable

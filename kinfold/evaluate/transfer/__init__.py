@@ -25,9 +25,9 @@ from kinfold.data.sources import Source
 from kinfold.errors import UserError
 from kinfold.evaluate.backbones import FrozenBackbone, Layer
 from kinfold.evaluate.features import features_of
-from kinfold.evaluate.logistic import Features, Metric, Probe, Truth, published_decays
 from kinfold.evaluate.resumable import Resumable
-from kinfold.evaluate.transfer_sets import Collection, Split, TransferSet, open_transfer
+from kinfold.evaluate.transfer.logistic import Features, Metric, Probe, Truth, published_decays
+from kinfold.evaluate.transfer.sets import Collection, Split, TransferSet, open_transfer
 from kinfold.settings import settings
 from kinfold.views import Positive
 

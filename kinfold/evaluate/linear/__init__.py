@@ -22,11 +22,11 @@ from kinfold import distributed
 from kinfold.data.sources import Source, split_off
 from kinfold.errors import UserError
 from kinfold.evaluate.backbones import FrozenBackbone, Layer
-from kinfold.evaluate.classifier import BatchNorm, Classifier, Init, first_weights, hits
 from kinfold.evaluate.features import resize_for
 from kinfold.evaluate.labelled import Labelled, Labels, labels_of
-from kinfold.evaluate.linear_batches import Asked, Augmented, Batches, Cached, Kept, Remade
-from kinfold.evaluate.residual_blocks import BlockMaps, block_maps
+from kinfold.evaluate.linear.batches import Asked, Augmented, Batches, Cached, Kept, Remade
+from kinfold.evaluate.linear.classifier import BatchNorm, Classifier, Init, first_weights, hits
+from kinfold.evaluate.linear.residual_blocks import BlockMaps, block_maps
 from kinfold.evaluate.resumable import Resumable
 from kinfold.settings import settings
 from kinfold.views import Augmentation, Positive, expand_preset

@@ -22,11 +22,11 @@ from kinfold.data.masks import VOID, Masks
 from kinfold.data.work import Task, run
 from kinfold.errors import UserError
 from kinfold.evaluate.backbones import FrozenBackbone
-from kinfold.evaluate.confusion import Confusion, constant, values
 from kinfold.evaluate.features import bar, frozen
-from kinfold.evaluate.mask_picture import draw_segmentations
-from kinfold.evaluate.masked import Held, Masked
 from kinfold.evaluate.resumable import Resumable
+from kinfold.evaluate.segmentation.confusion import Confusion, constant, values
+from kinfold.evaluate.segmentation.masked import Held, Masked
+from kinfold.evaluate.segmentation.picture import draw_segmentations
 from kinfold.randomness import ORDER, permutation
 from kinfold.settings import settings
 from kinfold.views import Positive

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kinfold.data.small_set_layouts import Entry, Listed, read_lines, read_text
+from kinfold.data.named_sets.small import Entry, Listed, read_lines, read_text
 from kinfold.errors import UserError
 
 

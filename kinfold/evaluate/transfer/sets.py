@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kinfold.data import voc
-from kinfold.data.small_sets import SETS, canonical, find_small_set, locate, open_small_set
+from kinfold.data.named_sets import SETS, canonical, find_small_set, locate, open_small_set
 from kinfold.data.sources import Source, Subset, open_source
 from kinfold.data.splits import split_of_word
 from kinfold.data.tables import is_saved, table_files
 from kinfold.errors import UserError
 from kinfold.evaluate.conditions import Conditions
 from kinfold.evaluate.labelled import Labelled, labels_of, open_labelled
-from kinfold.evaluate.logistic import Metric, Truth
 from kinfold.evaluate.protocol import Request
 from kinfold.evaluate.results import about_source
+from kinfold.evaluate.transfer.logistic import Metric, Truth
 from kinfold.randomness import SPLIT, permutation
 
 if TYPE_CHECKING:

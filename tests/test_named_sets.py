@@ -11,10 +11,10 @@ import pytest
 import small_set_files as files
 from torchvision import datasets
 
-from kinfold.data import small_sets
+from kinfold.data import named_sets as small_sets
 from kinfold.data.decode import decode
-from kinfold.data.small_set_layouts import draw_caltech
-from kinfold.data.small_sets import SETS, canonical, open_small_set
+from kinfold.data.named_sets import SETS, canonical, open_small_set
+from kinfold.data.named_sets.small import draw_caltech
 from kinfold.data.sources import Source, open_source
 from kinfold.errors import UserError
 

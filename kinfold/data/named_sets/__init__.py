@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from kinfold import distributed
-from kinfold.data import large_set_layouts as large
-from kinfold.data import small_set_layouts as layouts
 from kinfold.data import voc
 from kinfold.data.index import cache_root
-from kinfold.data.listed_images import ArrayImages, FileImages
+from kinfold.data.named_sets import large
+from kinfold.data.named_sets import small as layouts
+from kinfold.data.named_sets.listed import ArrayImages, FileImages
 from kinfold.data.splits import choose
 from kinfold.errors import UserError
 

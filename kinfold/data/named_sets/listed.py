@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kinfold.data.decode import Undecodable
 from kinfold.data.index import Names
-from kinfold.data.small_set_layouts import Arrays, Listed
+from kinfold.data.named_sets.small import Arrays, Listed
 
 Labels = NDArray[np.int64]
 Pixels = NDArray[np.uint8]
