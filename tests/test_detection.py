@@ -244,7 +244,8 @@ def test_every_recipe_says_everything_and_is_accepted() -> None:
     assert {"default", "moco-voc-c4", "invp-voc-c4", "moco-coco-c4-2x", "voc-fpn"} <= {path.stem for path in found}
     for path in found:
         values = read_yaml(path.read_text(), source=path.name)
-        assert isinstance(values, dict) and set(values) == names and set(values["model"]) == inner, path.name
+        assert isinstance(values, dict), path.name
+        assert (set(values), set(values["model"])) == (names, inner), path.name
         parse(Detection, values, source=path.name)
     moco = parse(Detection, read_yaml((folder / "moco-voc-c4.yaml").read_text(), source=""), source="")
     assert moco == Detection(), "the defaults are MoCo's"
@@ -328,7 +329,7 @@ def test_a_stopped_training_goes_on_to_the_same_weights_and_numbers(
     whole = detection(backbone(), dataclasses.replace(data, progress=tmp_path / "whole"), how)
     Stopping(monkeypatch, 3)
     again = dataclasses.replace(data, progress=tmp_path / "again")
-    with pytest.raises(Stopped, match="Stopped at step 4 of 6. The same command goes on from there."):
+    with pytest.raises(Stopped, match=r"Stopped at step 4 of 6\. The same command goes on from there\."):
         detection(backbone(), again, how)
     monkeypatch.undo()
     said: list[str] = []
