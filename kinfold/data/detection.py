@@ -60,7 +60,8 @@ class Objects(NamedTuple):
     def some(self, kept: Flags) -> Objects:
         """Keep the objects where `kept` [n] is true."""
         outlines = None if self.outlines is None else tuple(o for o, keep in zip(self.outlines, kept) if keep)
-        return Objects(*(part[kept] for part in self[:5]), outlines)
+        boxes, labels, difficult, crowd, areas, _ = self
+        return Objects(boxes[kept], labels[kept], difficult[kept], crowd[kept], areas[kept], outlines)
 
 
 class Faults:
@@ -96,7 +97,7 @@ class Faults:
         ):
             for i in np.flatnonzero(flags).tolist():
                 self.add(what, where[i])
-        return clipped, ~empty & ~outside
+        return clipped, np.logical_not(empty | outside)  # [n, 4], [n]
 
 
 @dataclass(frozen=True, eq=False)

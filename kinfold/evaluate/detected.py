@@ -203,4 +203,5 @@ def _boxes(image: Tensor, boxes: Floats, names: Sequence[str], labels: np.typing
     if not len(boxes):
         return image
     colours = [_COLOURS[label % len(_COLOURS)] for label in labels.tolist()]
-    return draw_bounding_boxes(image, torch.from_numpy(boxes), list(names), colors=colours, width=2)
+    drawn: Tensor = draw_bounding_boxes(image, torch.from_numpy(boxes), list(names), colors=colours, width=2)
+    return drawn

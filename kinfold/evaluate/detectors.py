@@ -128,7 +128,10 @@ class _RegionPool(nn.Module):
 
     def forward(self, maps: dict[str, Tensor], boxes: list[Tensor], _shapes: object) -> Tensor:
         """Give the regions [R, F, 14, 14] of all images' boxes."""
-        return roi_align(maps["0"], boxes, 14, spatial_scale=1.0 / self.stride, sampling_ratio=0, aligned=True)
+        regions: Tensor = roi_align(
+            maps["0"], boxes, 14, spatial_scale=1.0 / self.stride, sampling_ratio=0, aligned=True
+        )
+        return regions
 
 
 class _Predictor(nn.Module):
@@ -147,7 +150,7 @@ class _Predictor(nn.Module):
         return self.classes(x), self.boxes(x)
 
 
-class _Heads(RoIHeads):
+class _Heads(RoIHeads):  # type: ignore[misc]
     """torchvision's heads, whose masks may be made of the same regions as the boxes: C4 has one res5 for both."""
 
     def has_mask(self) -> bool:
@@ -265,8 +268,8 @@ def build_detector(backbone: FrozenBackbone, how: RCNN, *, classes: int, seed: i
         module.requires_grad_(True)
         if how.batch_norm == "frozen":
             frozen += [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for module in frozen:
-        module.requires_grad_(False)
+    for norm in frozen:
+        norm.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(WEIGHTS, seed))
         build = _build_c4 if how.head == "c4" else _build_pyramid
