@@ -200,6 +200,9 @@ def _protocol(name: str, text: str) -> None:
                 raise UserError(
                     f"{option} is missing. For example: kinfold evaluate {name} --backbone runs/mine --data photos/"
                 )
+        for option, number, least in (("--batch", batch, 1), ("--size", size, 1), ("--workers", workers, 0)):
+            if number is not None and number < least:
+                raise UserError(f"{option} is {number}; it has to be at least {least}.")
         try:
             result = measure(
                 name,
@@ -392,6 +395,16 @@ def main() -> None:
             raise
         typer.secho("error: ", fg="red", err=True, nl=False)
         typer.echo(str(error), err=True)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        # torch has a class of its own for a device that is full, and none for the machine.
+        words = ("out of memory", "allocate memory")
+        full = isinstance(error, MemoryError) or any(word in str(error) for word in words)
+        if wanted or not full:
+            raise
+        typer.secho("error: ", fg="red", err=True, nl=False)
+        reason = str(error).splitlines()[0] if str(error) else "the machine has no more"
+        typer.echo(f"The memory is not enough ({reason}). Take smaller images or a smaller batch.", err=True)
         sys.exit(2)
     except OSError as error:
         if wanted or error.errno not in REFUSALS:

@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from kinfold import distributed, health
 from kinfold.data.loader import Batch
 from kinfold.data.sources import Source, Subset, open_source
+from kinfold.data.splits import NoSuchSplit
+from kinfold.data.written import same_images
 from kinfold.errors import UserError
 from kinfold.evaluate.features import Positions, extract, frozen, resize_for
 from kinfold.evaluate.knn import knn_scores
@@ -43,7 +45,7 @@ class Probes:
         if run.probe_data is not None:
             try:
                 asked = open_source(run.probe_data, split="test")
-            except UserError:
+            except NoSuchSplit:
                 asked = open_source(run.probe_data)  # a set without splits is all test
             self.asked = some_of(asked, run.probe_limit, recipe.seed)
             for name, labelled in (("data", self.bank), ("probe_data", self.asked)):
@@ -52,7 +54,7 @@ class Probes:
                         f"probe_data: the k-NN probe compares labels, but {name} has none. Leave probe_data out, or "
                         "use class folders or a label column."
                     )
-            if self.asked.fingerprint == self.bank.fingerprint:  # every image would find itself
+            if same_images(self.asked, self.bank):  # every image would find itself
                 self.asked = None
             try:
                 self.labels = labels_of(self.bank, self.asked, say=_silently)
@@ -150,9 +152,9 @@ def _second_split(run: Run, source: Source) -> Source | None:
     """The test or validation split of the data, None where there is none or it has no labels."""
     try:
         held_out = open_source(run.data, split="test")
-    except UserError:
+    except NoSuchSplit:  # one that is there and cannot be read is an error
         return None
-    return None if held_out.labels is None or held_out.fingerprint == source.fingerprint else held_out
+    return None if held_out.labels is None or same_images(held_out, source) else held_out
 
 
 def _silently(text: str) -> None:

@@ -96,7 +96,6 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
         ("pretrain", "digits", "--recipe", "no/such"),
         ("pretrain", "digits", "device=nonsense"),
         ("evaluate", "knn", "--data", "digits"),
-        ("evaluate", "knm", "--data", "digits", "--backbone", "x"),
         ("evaluate", "knn", "--data", "digits", "--backbone", "no-such-run"),
         ("embed", "no-such-run", "digits"),
         ("embed", "no-such-run", "digits", "--limit", "0"),
@@ -117,7 +116,39 @@ def test_a_mistake_is_one_message_and_exit_code_2(
     assert bytes_of(tmp_path) == {}
 
 
-@pytest.mark.parametrize("words", [("pretrain",), ("no-such-command",), ("pretrain", "digits", "--no-such-option")])
+@pytest.mark.parametrize(
+    "words", [("--batch", "0"), ("--size", "-1"), ("--workers", "-1")], ids=lambda words: words[0].lstrip("-")
+)
+def test_an_option_of_evaluation_that_is_too_small_is_named(
+    words: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = command("evaluate", "knn", "--data", "digits", "--backbone", "x", *words, capture=capsys)
+    assert ended.code == 2
+    assert ended.err.startswith(f"error: {words[0]} is {words[1]}; it has to be at least ")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CPUAllocator: can't allocate memory: 39 GB")])
+def test_memory_that_is_not_enough_is_one_message(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*words: object, **named: object) -> None:
+        raise error
+
+    monkeypatch.setattr("kinfold.evaluate.evaluate", full)
+    ended = command("evaluate", "knn", "--data", "digits", "--backbone", "x", capture=capsys)
+    assert ended.code == 2
+    assert ended.err.startswith("error: The memory is not enough (")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("pretrain",),
+        ("no-such-command",),
+        ("evaluate", "knm", "--data", "digits", "--backbone", "x"),
+        ("pretrain", "digits", "--no-such-option"),
+    ],
+)
 def test_a_misuse_of_the_command_is_exit_code_2(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     ended = command(*words, capture=capsys)
     assert ended.code == 2

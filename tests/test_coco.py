@@ -119,6 +119,13 @@ def test_what_cannot_be_used_is_named_counted_and_left_out(tmp_path: Path) -> No
         ({"images": {}}, "has no list images"),
         ({"images": [{"id": 1}]}, "an image needs an id and a file_name"),
         ({"images": [{"id": 1, "file_name": "gone.jpg"}]}, "None of the first images"),
+        ({"images": [{"id": 1, "file_name": 3}]}, "an image needs an id and a file_name"),
+        ({"images": [{"id": 4, "file_name": name} for name in ("a.jpg", "b.jpg")]}, "two images have the id 4"),
+        ({"images": [{"id": 1, "file_name": "a.jpg", "width": "40"}]}, r"a\.jpg has no size"),
+        ({"annotations": [[1, 2]]}, "an annotation needs an image_id and a category_id"),
+        ({"annotations": [annotation(3, 1, [0, 0, 9, 9], category_id=[7])]}, "an annotation needs an image_id"),
+        ({"annotations": [annotation(3, 1, [0, 0, 9, 9]) | {"area": "large"}]}, "annotation 3: area is a number"),
+        ({"annotations": [annotation(3, 1, [0, 0, 9, 9]) | {"iscrowd": "0"}]}, "annotation 3: iscrowd is 0 or 1"),
     ],
 )
 def test_a_file_that_is_no_such_file_is_refused_by_name(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -206,6 +213,11 @@ def test_outlines_are_read_where_they_are_wanted(tmp_path: Path) -> None:
     assert len(said) == 1
     assert "have no outline and are left out" in said[0]
     assert said[0].endswith("annotation 3")
+    other = {"size": [15, 20], "counts": [0, 15 * 20]}  # would cover all of the image if it were stretched
+    small_set(tmp_path, [annotation(4, 1, [0, 0, 9, 9], segmentation=other)])
+    said.clear()
+    assert not len(coco_scenes(file, masks=True, say=said.append).objects[0].labels)
+    assert said == [f"1 outlines are of another size than their image and are left out: {file}, annotation 4"]
     small_set(tmp_path, [annotation(4, 1, [0, 0, 9, 9], segmentation={"size": [30, 40], "counts": [5]})])
     with pytest.raises(UserError, match="annotation 4: its segmentation is neither polygons nor runs"):
         coco_scenes(file, masks=True, say=print)

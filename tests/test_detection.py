@@ -224,6 +224,24 @@ def test_an_image_that_does_not_decode_has_a_stand_in_with_that_ones_boxes(tmp_p
     assert any(line.startswith("1 of 3 images do not decode and are left out") and "0009.png" in line for line in said)
 
 
+def test_images_that_are_not_as_large_as_their_annotations_say_are_named(tmp_path: Path) -> None:
+    root = voc_set(tmp_path)
+    for id in ("0005", "0009"):  # turned as a camera's note would turn them, which the annotation knows nothing of
+        path = root / "JPEGImages" / f"{id}.png"
+        with Image.open(path) as image:
+            turned = image.transpose(Image.Transpose.ROTATE_90)
+        turned.save(path)
+    said: list[str] = []
+    how = settings(iterations=2, milestones=(), precise_statistics=0, drawn=0)
+    detection(backbone(), opened(root, how, said=said), how)
+    found = [line for line in said if "not as large" in line]
+    assert [line[:40] for line in found] == [
+        "Training: 1 of 8 images are not as large",
+        "1 of 3 images are not as large as their ",
+    ]
+    assert all(f"{id}.png is 48 x 64, said to be 64 x 48" in line for id, line in zip(("0005", "0009"), found))
+
+
 def test_learning_rates_are_those_of_detectron2_for_mocos_file() -> None:
     moco = parse(
         Detection, read_yaml((RECIPES / "evaluate/detection/moco-voc-c4.yaml").read_text(), source=""), source=""

@@ -8,18 +8,20 @@ import json
 import os
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_processes import free_port
 from test_resume import processes
 from torch import Tensor, nn
 
 from kinfold import distributed
-from kinfold.data.sources import Digits, Source, Subset
+from kinfold.data.sources import Digits, Source, Subset, open_source
 from kinfold.errors import UserError
 from kinfold.evaluate import FrozenBackbone, Labelled, evaluate, feature_cache
 
@@ -30,10 +32,14 @@ class Rows(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(1))
-        self.calls = 0
+        self.counted = Counter[str]()  # a plain number would be part of what the module computes with
+
+    @property
+    def calls(self) -> int:
+        return self.counted["calls"]
 
     def forward(self, images: Tensor) -> Tensor:
-        self.calls += 1
+        self.counted["calls"] += 1
         return images.flatten(1) * self.scale  # [B, 64]
 
 
@@ -268,3 +274,71 @@ def test_a_key_knows_kinds_of_modules_that_hold_no_weights() -> None:
 
     assert feature_cache.key_of(Rows(), {}) != feature_cache.key_of(Other(), {})
     assert feature_cache.key_of(Rows(), {}) == feature_cache.key_of(Rows(), {})
+
+
+class Times(nn.Module):
+    """[B, 1, 8, 8] times a number that no weight holds."""
+
+    def __init__(self, number: float, *, buffer: bool) -> None:
+        super().__init__()
+        self.number: float | Tensor = number
+        if buffer:
+            del self.number
+            self.register_buffer("number", torch.tensor(number), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1) * self.number  # [B, 64]
+
+
+@pytest.mark.parametrize("buffer", [False, True])
+def test_a_number_that_is_no_weight_makes_other_features(buffer: bool, tmp_path: Path) -> None:
+    source = Subset(Digits(), np.arange(5))
+    for number in (1.0, 2.0):
+        network = Times(number, buffer=buffer)
+        found, _ = labelled(source, tmp_path).features(frozen(network), network, source)
+        torch.testing.assert_close(found, number * expected(source))
+
+
+def grey_images(folder: Path, first: int) -> Source:
+    for name in ("ant", "bee"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for number in range(3):
+            pixels = np.full((8, 8), first + number, np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.bmp")  # all files have one size
+    return open_source(str(folder))
+
+
+def test_other_images_of_the_same_names_have_features_of_their_own(tmp_path: Path) -> None:
+    network = Rows()
+
+    def brightness(source: Source) -> list[int]:
+        found, _ = labelled(source, tmp_path / "cache").features(frozen(network), network, source)
+        return ((found[:, 0] * 0.5 + 0.5) * 255).round().int().tolist()
+
+    assert brightness(grey_images(tmp_path / "clear", 10)) == [10, 11, 12] * 2
+    assert brightness(grey_images(tmp_path / "blurred", 90)) == [90, 91, 92] * 2
+    source = grey_images(tmp_path / "clear", 10)
+    Image.fromarray(np.full((8, 8), 200, np.uint8)).save(tmp_path / "clear" / "bee" / "1.bmp")
+    assert brightness(Subset(source, np.array([4, 0]))) == [200, 10]
+    assert brightness(source) == [10, 11, 12, 10, 200, 12]
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_in_nobodys_way(tmp_path: Path) -> None:
+    source, network = Subset(Digits(), np.arange(5)), Rows()
+    labelled(source, tmp_path).features(frozen(network), network, source)
+    (place,) = tmp_path.iterdir()
+    place.rename(tmp_path / f".{place.name}.{os.getpid()}.partial")
+    found, _ = labelled(source, tmp_path).features(frozen(network), network, source)
+    torch.testing.assert_close(found, expected(source))
+
+
+def test_a_cache_that_may_only_be_read_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any, **words: Any) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    source, network = Subset(Digits(), np.arange(5)), Rows()
+    labelled(source, tmp_path).features(frozen(network), network, source)
+    made = network.calls
+    monkeypatch.setattr(os, "utime", refuse)
+    labelled(source, tmp_path).features(frozen(network), network, source)
+    assert network.calls == made

@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
+from PIL import Image
 from torch import Tensor, nn
 
 from kinfold.data.sources import Subset, open_source
@@ -19,7 +23,8 @@ from kinfold.errors import UserError
 from kinfold.evaluate import KNN, FrozenBackbone, Labelled, evaluate, load_protocol
 from kinfold.evaluate.features import extract, frozen, hash_of, load_backbone, resize_for
 from kinfold.evaluate.knn import accuracies, knn, knn_scores, nearest, rank
-from kinfold.evaluate.labelled import labels_of
+from kinfold.evaluate.labelled import labels_of, open_labelled
+from kinfold.evaluate.protocol import Request
 
 GOLDEN = Path(__file__).parent / "golden" / "moco_knn_predict.npz"
 
@@ -129,9 +134,10 @@ def test_all_combinations_in_one_pass_are_those_of_one_at_a_time() -> None:
     together = accuracies(queries, bank, labels, truth, neighbours=[3, 20], temperatures=(0.05, 1.0), classes=7)
     for k in (3, 20):
         for temperature in (0.05, 1.0):
-            order = rank(knn_scores(queries, bank, labels, k=k, temperature=temperature, classes=7))
+            scores = knn_scores(queries, bank, labels, k=k, temperature=temperature, classes=7)
+            order, voted = rank(scores), scores.gather(1, truth[:, None])[:, 0] > 0
             top1 = 100 * (order[:, 0] == truth).double().mean().item()
-            top5 = 100 * (order[:, :5] == truth[:, None]).any(1).double().mean().item()
+            top5 = 100 * ((order[:, :5] == truth[:, None]).any(1) & voted).double().mean().item()
             assert together[f"top1/k={k},T={temperature:g}"] == pytest.approx(top1)
             assert together[f"top5/k={k},T={temperature:g}"] == pytest.approx(top5)
     assert together["best"] == max(value for name, value in together.items() if name.startswith("top1"))
@@ -355,3 +361,52 @@ def test_a_wrong_name_is_refused_with_the_right_one(call: Callable[[], object], 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no recipe\.yaml"):
         load_backbone(str(tmp_path))
+
+
+def test_a_temperature_that_is_given_twice_counts_once() -> None:
+    bank, labels = torch.eye(6), torch.arange(6) // 2
+    words: dict[str, Any] = {"neighbours": [2], "classes": 3, "exclude_self": True}
+    once = accuracies(bank, bank, labels, labels, temperatures=(0.1,), **words)
+    assert accuracies(bank, bank, labels, labels, temperatures=(0.1, 0.1), **words) == once
+
+
+def test_a_test_set_with_the_names_of_the_training_set_is_another_set(tmp_path: Path) -> None:
+    for part in ("learn", "ask"):
+        for name in ("ant", "bee"):
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.fromarray(np.full((8, 8), len(part), np.uint8)).save(tmp_path / part / name / "0.png")
+    learn, ask = str(tmp_path / "learn"), str(tmp_path / "ask")
+    said: list[str] = []
+    opened = open_labelled(Request(learn, test_data=ask), KNN(), {"say": said.append})
+    assert opened.test is not None
+    assert opened.test.description.startswith(f"2 images in {ask}")
+    assert not said
+    assert open_labelled(Request(learn, test_data=learn), KNN(), {"say": said.append}).test is None
+
+
+def test_where_all_splits_are_learned_from_none_of_them_asks() -> None:
+    opened = open_labelled(Request("digits", train_split="all"), KNN(), {"say": lambda text: None})
+    assert (len(opened.train), opened.test) == (1797, None)
+
+
+def test_a_class_without_a_vote_is_not_among_the_first_five() -> None:
+    bank, labels = torch.eye(6), torch.arange(6)
+    truth = (labels + 1) % 6  # everyone is wrong: the nearest, oneself, has another class
+    values = accuracies(bank, bank, labels, truth, neighbours=[1], temperatures=(0.1,), classes=6)
+    assert values == {"top1/k=1,T=0.1": 0.0, "top5/k=1,T=0.1": 0.0, "best": 0.0}
+
+
+def test_a_test_split_that_cannot_be_read_is_not_taken_for_none(tmp_path: Path) -> None:
+    image = io.BytesIO()
+    Image.new("L", (8, 8)).save(image, "png")
+    rows = Dataset.from_dict({"image": [{"bytes": image.getvalue()}] * 2, "label": [0, 1]})
+    for split in ("train", "test"):
+        rows.to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
+    whole = open_labelled(Request(str(tmp_path)), KNN(), {"say": lambda text: None})
+    assert whole.test is not None
+    broken = tmp_path / "test-00000-of-00001.parquet"
+    broken.write_bytes(broken.read_bytes()[:-20])
+    with pytest.raises(UserError, match="cannot be read as parquet"):
+        open_labelled(Request(str(tmp_path)), KNN(), {"say": lambda text: None})
+    broken.unlink()
+    assert open_labelled(Request(str(tmp_path)), KNN(), {"say": lambda text: None}).test is None

@@ -136,7 +136,7 @@ def test_a_list_without_names_is_refused_by_its_name(tmp_path: Path, content: by
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"list\.txt"):
         read_list(path, IMAGENET, say=pytest.fail)
-    with pytest.raises(UserError, match=r"none\.txt cannot be read"):
+    with pytest.raises(UserError, match=r"none\.txt cannot be read as a list of names: No such file"):
         read_list(tmp_path / "none.txt", IMAGENET, say=pytest.fail)
 
 

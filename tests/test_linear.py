@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from kinfold.data.sources import Subset, open_source
 from kinfold.encoders import Backbone, build_backbone
 from kinfold.errors import UserError
-from kinfold.evaluate import FrozenBackbone, Labelled, Linear, evaluate, load_protocol
+from kinfold.evaluate import FrozenBackbone, Labelled, Linear, _at_size, evaluate, load_protocol
 from kinfold.evaluate.features import hash_of
 from kinfold.evaluate.linear import Cosine, Steps, fit, linear, share_of_rate
 from kinfold.evaluate.linear.batches import Cached, Kept, pad_crop
@@ -427,3 +427,17 @@ def test_a_size_takes_the_place_of_the_recipes(tmp_path: object) -> None:
     settings = result["settings"]
     assert (settings["augment"]["size"], settings["test_size"], settings["test_resize"]) == (8, 8, 9)
     assert settings["schedule"] == {"name": "steps", "milestones": [60, 80], "factor": 0.1}
+
+
+@pytest.mark.parametrize("protocol", ["linear", "fine-tune", "semi-supervised", "voc-svm", "voc-logistic", "transfer"])
+def test_sizes_that_are_asked_for_take_the_place_of_every_recipes(protocol: str) -> None:
+    settings = load_protocol(protocol, overrides=["test_size=224", "test_resize=256"])
+    for size, resize, own in ((112, None, (112, 128)), (112, 120, (112, 120)), (None, 300, (224, 300))):
+        changed = _at_size(settings, size, resize)
+        assert (changed.test_size, changed.test_resize) == own
+    with pytest.raises(UserError, match="resize is 100, smaller than the images' size 112"):
+        _at_size(settings, 112, 100)
+    with pytest.raises(UserError, match="size is 0; it is a number of pixels"):
+        _at_size(settings, 0, None)
+    without = load_protocol(protocol, overrides=["test_size=null", "test_resize=null"])
+    assert _at_size(without, None, 300) == without

@@ -22,6 +22,7 @@ from kinfold import distributed
 from kinfold.checkpoint import load_latest
 from kinfold.data.sources import Subset, open_source
 from kinfold.encoders import Backbone, build_backbone
+from kinfold.errors import UserError
 from kinfold.evaluate import FrozenBackbone, Labelled, Linear, Stopped
 from kinfold.evaluate.linear import Cosine, linear
 from kinfold.evaluate.linear.classifier import Classifier
@@ -49,12 +50,14 @@ class Slow(Subset):
         return image if i % 2 else np.ascontiguousarray(np.repeat(image, 2, axis=0))  # type: ignore[call-overload]
 
 
-def measure(progress: Path | None, way: str, *, workers: int = 0, cache: Path | None = None) -> dict[str, float]:
+def measure(
+    progress: Path | None, way: str, *, workers: int = 0, cache: Path | None = None, images: int | None = None
+) -> dict[str, float]:
     torch.manual_seed(0)
     module = build_backbone(Backbone(name="resnet10_w8", stem="small"), 1)
     backbone = FrozenBackbone(module=module, size=8, resize=8, channels=1, mean=(0.3,), std=(0.38,))
     # The last of four batches has 9 images, or 8 where the loader takes as many as divide over two processes.
-    count = 104 if "augment" in WAYS[way] else 105
+    count = images or (104 if "augment" in WAYS[way] else 105)
     data = Labelled(
         train=Slow(open_source("digits"), np.arange(count)),
         test=Subset(open_source("digits", split="test"), np.arange(61)),
@@ -165,3 +168,9 @@ def test_one_process_and_two_train_the_same(tmp_path: Path) -> None:
                 for a, b in zip(mine[kind], theirs[kind], strict=True):
                     torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(pair["losses"], alone["losses"], rtol=1e-5, atol=1e-6)
+
+
+def test_other_images_are_not_gone_on_with(tmp_path: Path) -> None:
+    measure(tmp_path, "cached")
+    with pytest.raises(UserError, match="left by a training on other images"):
+        measure(tmp_path, "cached", images=110)  # as many batches

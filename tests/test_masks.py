@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import re
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,21 @@ def test_a_palette_is_not_looked_up_and_void_stays_void(tmp_path: Path) -> None:
     assert image.shape == (40, 48, 3)
     assert masks.classes == ("background", "red", "green")
     assert len(load(root, training=False)) == 1
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_grey_levels_of_few_bits_are_the_numbers_in_the_file(bits: int, tmp_path: Path) -> None:
+    levels = np.arange(2**bits, dtype=np.uint8)
+    packed = np.packbits(np.unpackbits(levels[:, None], axis=1)[:, 8 - bits :]).tobytes()
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", len(levels), 1, bits, 0, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" + packed)) + chunk(b"IEND", b"")
+    path = tmp_path / "mask.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    assert np.array_equal(read_mask(path), levels[None])
 
 
 def test_voc_of_a_year_has_the_twenty_classes_and_a_background(tmp_path: Path) -> None:
@@ -182,6 +199,13 @@ def test_a_plain_layout_is_read_with_names_or_numbers_as_classes(tmp_path: Path)
     assert load(tmp_path).classes == ("ground", "red roof", "green roof")
     with pytest.raises(UserError, match=r"no split 'night'\. Splits: train, valid"):
         load(tmp_path, "night")
+
+
+def test_a_systems_own_notes_on_files_are_no_images(tmp_path: Path) -> None:
+    plain(tmp_path, 2)
+    for name in ("images/._0.jpg", "masks/._0.png"):
+        (tmp_path / name).write_bytes(b"\0\5\x16\7")
+    assert [pair.image.name for pair in load(tmp_path).pairs] == ["0.jpg", "1.jpg"]
 
 
 def test_files_without_a_partner_are_named_and_counted(tmp_path: Path) -> None:

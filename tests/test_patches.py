@@ -24,7 +24,7 @@ from kinfold.evaluate.patches import FrozenMaps, Patches, build_probe, patches
 from kinfold.evaluate.resnet import parts
 from kinfold.evaluate.resumable import Stopped
 from kinfold.evaluate.segmentation import pixels
-from kinfold.evaluate.segmentation.pixels import pixel_loss
+from kinfold.evaluate.segmentation.pixels import pixel_loss, upsample
 from kinfold.reading import parse, read_text, read_yaml
 from kinfold.recipe import RECIPES
 
@@ -50,7 +50,36 @@ def test_the_maps_of_a_resnet_are_its_stages() -> None:
         last = body.stages[3](body.stages[2](second))
         found = maps(images)
     assert torch.equal(found[:, :16], second)
-    assert torch.equal(found[:, 16:], F.interpolate(last, second.shape[2:], mode="bilinear"))
+    assert torch.equal(found[:, 16:], upsample(last, (21, 24), stride=4, first=0.0))
+
+
+class _Picking(nn.Module):
+    """In the shape of a ResNet, but each stage only takes every so many pixels of one channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1, self.act1, self.maxpool = _pick(2), nn.Identity(), nn.Identity(), nn.Identity()
+        for number, stride in enumerate((1, 2, 2, 2), 1):
+            block = nn.Sequential()
+            block.add_module("conv2", _pick(stride))
+            setattr(self, f"layer{number}", nn.Sequential(block))
+
+
+def _pick(stride: int) -> nn.Conv2d:
+    made = nn.Conv2d(1, 1, 3, stride=stride, padding=1, bias=False)
+    with torch.no_grad():
+        made.weight.zero_()[0, 0, 1, 1] = 1.0
+    return made
+
+
+@pytest.mark.parametrize("side", [60, 64, 65, 97])
+def test_joined_maps_of_a_resnet_look_at_the_same_pixels_in_images_of_every_size(side: int) -> None:
+    backbone = FrozenBackbone(module=_Picking(), size=64, channels=1, mean=(0.5,), std=(0.5,))
+    maps = FrozenMaps(backbone, (1, -1))
+    found = maps(torch.arange(side, dtype=torch.float32).expand(1, 1, side, side))  # [1, 2, h, w]: where each looks
+    assert (maps.stride, found.shape[3]) == (4, -(-side // 4))
+    inner = (found.shape[3] - 1) // 4 * 4 + 1  # up to the last place of the coarser map
+    assert torch.allclose(found[0, 1, :, :inner], found[0, 0, :, :inner])
 
 
 def test_the_maps_of_a_transformer_are_its_patches_and_images_are_filled_up_to_whole_ones() -> None:

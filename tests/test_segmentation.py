@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mask_layouts import SMALL, opened, save_mask, shapes, small_resnet, write_list
+from mask_layouts import SMALL, opened, save_image, save_mask, scene, shapes, small_resnet, write_list
 from PIL import Image
 from test_processes import free_port
 from test_resume import assert_equal_to_the_bit, processes
@@ -31,7 +31,7 @@ from kinfold.encoders import Backbone, build_backbone
 from kinfold.errors import UserError
 from kinfold.evaluate import FrozenBackbone
 from kinfold.evaluate.backbones import hash_of
-from kinfold.evaluate.protocol import Protocol
+from kinfold.evaluate.protocol import Protocol, Request
 from kinfold.evaluate.resumable import Stopped
 from kinfold.evaluate.segmentation import FCN, Segmentation, build_fcn, pixels, segmentation
 from kinfold.evaluate.segmentation.confusion import Confusion
@@ -202,6 +202,22 @@ def test_test_images_without_a_labelled_pixel_are_refused(tmp_path: Path) -> Non
         pixels_checked(opened(root))
 
 
+def test_objects_that_are_written_as_void_are_refused_as_nothing_could_be_told_apart(tmp_path: Path) -> None:
+    for number in range(5):
+        image, mask = scene(number)
+        save_image(image, tmp_path / "images" / f"{number}.png")
+        save_mask(np.where(mask == 1, 255, 0).astype(np.uint8), tmp_path / "masks" / f"{number}.png", colours=False)
+    data = open_masked(Request(str(tmp_path), None, None, None, None), SHORT, {"say": lambda text: None})
+    with pytest.raises(UserError, match=r"All pixels are '0' .* 255 is void"):
+        pixels_checked(data)
+
+
+def test_a_batch_of_one_place_is_refused_with_what_to_change(tmp_path: Path) -> None:
+    tiny = dataclasses.replace(SHORT, batch_size=1, crops=Crops(size=4))
+    with pytest.raises(UserError, match=r"1 crops of 4 pixels .* Raise batch_size or crops\.size"):
+        segmentation(small_resnet(), opened(shapes(tmp_path, train=2, test=1)), tiny)
+
+
 def test_images_that_are_asked_and_learned_from_are_said(tmp_path: Path) -> None:
     root = shapes(tmp_path, train=4, test=2)
     write_list(root, "val", ["000", "004"])
@@ -234,7 +250,7 @@ def test_a_scale_from_large_to_small_is_refused() -> None:
 
 def test_weights_that_are_no_longer_numbers_are_an_error(tmp_path: Path) -> None:
     wild = dataclasses.replace(SHORT, learning_rate=1e12, steps=4)
-    with pytest.raises(UserError, match="The training diverged"):
+    with pytest.raises(UserError, match=r"diverged: the loss is not finite at step 2 of 4\. Lower .* now 1e\+12"):
         segmentation(small_resnet(), opened(shapes(tmp_path, train=8, test=1)), wild)
 
 

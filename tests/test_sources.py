@@ -104,6 +104,21 @@ def test_folders_of_one_class_each_give_labels(tmp_path: Path) -> None:
     assert source.labels.dtype == np.int64
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("JPEGImages/1.png", "SegmentationClass/1.png"),
+        ("leftImg8bit/train/a/1.png", "gtFine/train/a/1.png"),
+        ("train/images/1.png", "train/masks/1.png", "test/images/2.png", "test/masks/2.png"),
+        ("train2017/1.png", "val2017/1.png"),
+    ],
+)
+def test_the_folders_of_voc_coco_cityscapes_and_masks_are_no_classes(tmp_path: Path, names: tuple[str, ...]) -> None:
+    source = open_source(str(write(tmp_path / "photos", *names)))
+    assert source.labels is None
+    assert "no labels" in source.description
+
+
 def test_one_image_outside_the_class_folders_means_they_are_no_classes(tmp_path: Path) -> None:
     assert open_source(str(write(tmp_path / "a", "dog/1.png", "cat/1.png", "2.png"))).labels is None
     assert open_source(str(write(tmp_path / "b", "dog/1.png", "dog/2.png"))).labels is None

@@ -188,6 +188,14 @@ def test_class_folders_with_the_name_of_a_set_are_no_sets(tmp_path: Path) -> Non
         opened(tmp_path / "train", Transfer())
 
 
+def test_a_folder_that_is_no_set_and_holds_none_is_told_which_there_are(tmp_path: Path) -> None:
+    for name in ("cats/1.png", "dogs/2.png"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True)
+        Image.new("L", (4, 4)).save(tmp_path / "photos" / name)
+    with pytest.raises(UserError, match=r"a folder with some of the sets food101, .* here is none"):
+        opened(tmp_path / "photos", Transfer())
+
+
 def test_a_set_with_three_splits_brings_its_own_validation_images(tmp_path: Path) -> None:
     for split, shift in (("train", 0), ("val", 1), ("test", 2)):
         for n in range(4 + shift):

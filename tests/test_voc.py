@@ -72,6 +72,14 @@ def test_a_fault_of_an_annotation_is_named_with_file_and_line(kit: Path, xml: st
         voc.find_devkits(str(kit))[0].annotation("000001")
 
 
+@pytest.mark.parametrize("encoding", ["gbk", "nothing-known"])
+def test_an_encoding_that_cannot_be_read_is_named_with_the_file(kit: Path, encoding: str) -> None:
+    xml = f'<?xml version="1.0" encoding="{encoding}"?>\n{annotation(thing("cat"))}'
+    (kit / "Annotations" / "000001.xml").write_text(xml)
+    with pytest.raises(UserError, match=r"000001\.xml, line 1: its encoding .* Save it as UTF-8"):
+        voc.find_devkits(str(kit))[0].annotation("000001")
+
+
 def test_ids_come_in_the_order_of_the_list(kit: Path) -> None:
     assert voc.find_devkits(str(kit))[0].ids("trainval") == ["000002", "000001", "000003"]
 
@@ -218,6 +226,13 @@ def test_other_sets_have_the_classes_of_their_annotations_or_of_their_own_list(t
     assert voc.presence(devkit, "test", ("red", "white")).tolist() == [[1, -1]]
     (root / "classes.txt").write_text("white\nred\nblue\n")
     assert voc.classes_of([devkit]) == ("white", "red", "blue")
+
+
+@pytest.mark.parametrize(("text", "message"), [("\n", "names no class"), ("a\n\na\n", "line 3: 'a' stands in line 1")])
+def test_a_fault_of_the_list_of_classes_is_named_with_file_and_line(kit: Path, text: str, message: str) -> None:
+    (kit / "classes.txt").write_text(text)
+    with pytest.raises(UserError, match=rf"classes\.txt.* {message}"):
+        voc.classes_of(voc.find_devkits(str(kit)))
 
 
 def test_sets_of_different_classes_do_not_join(kit: Path, tmp_path: Path) -> None:

@@ -175,10 +175,10 @@ def coco_scenes(file: Path, *, masks: bool, say: Callable[[str], None]) -> Scene
     known = {image["id"] for image in content["images"]}
     for one in content["annotations"]:
         where = f"{file}, annotation {one.get('id')}"
-        if one.get("image_id") not in known:
+        if one["image_id"] not in known:
             faults.add("annotations are of no image in the file and are left out", where)
         elif one["image_id"] in place:
-            if one.get("category_id") in label_of:
+            if one["category_id"] in label_of:
                 rows[place[one["image_id"]]].append(one)
             else:
                 faults.add("annotations are of no class in the file and are left out", where)
@@ -201,7 +201,7 @@ def _objects(
     where = [f"{file}, annotation {one.get('id')}" for one in rows]
     corners: Floats = np.array([_corners(one, place) for one, place in zip(rows, where)], np.float64).reshape(-1, 4)
     corners, kept = faults.boxes(corners, size, where)
-    crowd = np.array([bool(one.get("iscrowd", 0)) for one in rows], bool)  # [n]
+    crowd = np.array([_is_crowd(one, place) for one, place in zip(rows, where)], bool)  # [n]
     outlines: list[Outline] = []
     if masks:
         for i, one in enumerate(rows):
@@ -209,13 +209,16 @@ def _objects(
             if outline is None:
                 kept[i] = False
                 faults.add("objects have no outline and are left out", where[i])
+            elif isinstance(outline, Runs) and all(size) and outline.size != size:
+                kept[i] = False
+                faults.add("outlines are of another size than their image and are left out", where[i])
             outlines.append(outline or Polygons(()))
-    given = [one.get("area") for one in rows]
+    given = [_area(one, place) for one, place in zip(rows, where)]
     box = (corners[:, 2:] - corners[:, :2]).prod(axis=1).tolist()  # [n]
-    areas = np.array([float(area) if area else own for area, own in zip(given, box)], np.float64)  # [n]
+    areas = np.array([area or own for area, own in zip(given, box)], np.float64)  # [n]
     labels = np.array([label_of[one["category_id"]] for one in rows], np.int64)  # [n]
     none = np.zeros(len(rows), bool)  # [n]
-    return Objects(corners, labels, none, crowd, areas, tuple(outlines) if masks else None).some(kept)
+    return Objects(corners, labels, none, crowd, areas, tuple(outlines) if masks else None, size).some(kept)
 
 
 def _corners(one: dict[str, Any], where: str) -> tuple[float, float, float, float]:
@@ -226,6 +229,19 @@ def _corners(one: dict[str, Any], where: str) -> tuple[float, float, float, floa
     if not np.isfinite([x, y, width, height]).all():
         raise UserError(f"{where}: bbox is {one['bbox']!r}, which are not all numbers.")
     return x, y, x + width, y + height
+
+
+def _is_crowd(one: dict[str, Any], where: str) -> bool:
+    if one.get("iscrowd", 0) not in (0, 1):
+        raise UserError(f"{where}: iscrowd is 0 or 1, not {one['iscrowd']!r}.")
+    return bool(one.get("iscrowd", 0))
+
+
+def _area(one: dict[str, Any], where: str) -> float:
+    area = one.get("area") or 0.0
+    if not isinstance(area, int | float) or not 0 <= area < np.inf:
+        raise UserError(f"{where}: area is a number of pixels, not {area!r}.")
+    return float(area)
 
 
 def _outline(given: Any, where: str) -> Outline | None:
@@ -256,10 +272,24 @@ def _load(file: Path) -> dict[str, Any]:
     missing = [key for key in lists if not isinstance(content, dict) or not isinstance(content.get(key), list)]
     if missing:
         raise UserError(f"{file} has no list {', '.join(missing)}; expected COCO's images, annotations and categories.")
+    known: set[int | str] = set()
     for image in content["images"]:
-        if not isinstance(image, dict) or "id" not in image or "file_name" not in image:
+        if not isinstance(image, dict) or not _is_id(image.get("id")) or not isinstance(image.get("file_name"), str):
             raise UserError(f"{file}: an image needs an id and a file_name, got {str(image)[:100]}.")
+        if image["id"] in known:
+            raise UserError(f"{file}: two images have the id {image['id']}. Give each its own, also in annotations.")
+        known.add(image["id"])
+        sides = [image.get(side) or 0 for side in ("height", "width")]
+        if not all(isinstance(side, int | float) and 0 <= side < np.inf for side in sides):
+            raise UserError(f"{file}: the image {image['file_name']} has no size in pixels, but {sides}.")
+    for one in content["annotations"]:
+        if not isinstance(one, dict) or not all(_is_id(one.get(key)) for key in ("image_id", "category_id")):
+            raise UserError(f"{file}: an annotation needs an image_id and a category_id, got {str(one)[:100]}.")
     return content  # type: ignore[no-any-return]
+
+
+def _is_id(given: object) -> bool:
+    return isinstance(given, int | float | str)
 
 
 def _classes(categories: list[Any], file: Path) -> tuple[tuple[str, ...], dict[int, int]]:

@@ -56,12 +56,20 @@ class Objects(NamedTuple):
     """[n], in pixels, of the object's outline where that is known, else of its box"""
     outlines: tuple[Outline, ...] | None = None
     """n, where they were asked for"""
+    size: tuple[int, int] = (0, 0)
+    """height and width of the image as the annotation says; 0 where it does not"""
 
     def some(self, kept: Flags) -> Objects:
         """Keep the objects where `kept` [n] is true."""
         outlines = None if self.outlines is None else tuple(o for o, keep in zip(self.outlines, kept) if keep)
-        boxes, labels, difficult, crowd, areas, _ = self
-        return Objects(boxes[kept], labels[kept], difficult[kept], crowd[kept], areas[kept], outlines)
+        boxes, labels, difficult, crowd, areas, _, _ = self
+        return Objects(boxes[kept], labels[kept], difficult[kept], crowd[kept], areas[kept], outlines, self.size)
+
+    def other_size(self, size: tuple[int, int]) -> str | None:
+        """Say what is odd where an image of (height, width) is not as large as its annotation says."""
+        if all(self.size) and self.size != size:
+            return f"{size[1]} x {size[0]}, said to be {self.size[1]} x {self.size[0]}"
+        return None
 
 
 class Faults:
@@ -128,6 +136,15 @@ class Scenes:
         objects = [self.objects[i] for i in positions.tolist()]
         return replace(self, source=Subset(self.source, positions), objects=objects)
 
+    def tell_odd(self, odd: dict[int, str], say: Callable[[str], None], *, shown: int = 5) -> None:
+        """Count the images that are not as large as their annotations say, which `odd` are, and name the first."""
+        if odd:
+            names = "; ".join(f"{self.source.name(position)} is {odd[position]}" for position in sorted(odd)[:shown])
+            say(
+                f"{len(odd):,} of {len(self):,} images are not as large as their annotations say, so their boxes may "
+                f"lie beside the objects: {names}{'; ...' if len(odd) > shown else ''}. Were they turned or resized?"
+            )
+
     def learnable(self, *, difficult: bool, say: Callable[[str], None]) -> Scenes:
         """Keep what a detector learns from: no crowds, perhaps no difficult objects, no images without any.
 
@@ -174,7 +191,8 @@ def _voc_objects(annotation: voc.Annotation, classes: tuple[str, ...], faults: F
     labels = np.array([classes.index(box.name) for box in boxes], np.int64)  # [n]
     difficult = np.array([box.difficult for box in boxes], bool)  # [n]
     areas = (corners[:, 2:] - corners[:, :2]).prod(axis=1)  # [n]
-    return Objects(corners, labels, difficult, np.zeros(len(boxes), bool), areas).some(kept)
+    size = annotation.height, annotation.width
+    return Objects(corners, labels, difficult, np.zeros(len(boxes), bool), areas, size=size).some(kept)
 
 
 @dataclass(frozen=True)
@@ -187,6 +205,8 @@ class Prepared:
     """B of boxes [n, 4], labels [n] from 1 and perhaps masks [n, h, w]"""
     bad: dict[int, str]
     """position -> why the image could not be used"""
+    odd: dict[int, str]
+    """position -> how the image's size differs from what its annotation says"""
 
 
 class Shown(NamedTuple):
@@ -222,8 +242,14 @@ class Preparing:
 
     def __call__(self, task: Task) -> Prepared:
         bad: dict[int, str] = {}
-        pairs = [self._one(*self._readable(int(position), task.epoch, bad), task.epoch) for position in task.positions]
-        return Prepared([image for image, _ in pairs], [target for _, target in pairs], bad)
+        shown = [self._readable(int(position), task.epoch, bad) for position in task.positions]
+        pairs = [self._one(position, pixels, task.epoch) for position, pixels in shown]
+        sizes = [
+            (position, self.scenes.objects[position].other_size((pixels.shape[0], pixels.shape[1])))
+            for position, pixels in shown
+        ]
+        odd = {position: what for position, what in sizes if what is not None}
+        return Prepared([image for image, _ in pairs], [target for _, target in pairs], bad, odd)
 
     def _one(self, position: int, pixels: NDArray[np.uint8], epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
         choose, turn = uniforms(VIEW, self.seed, epoch, position, 0, draws=2).tolist()
@@ -289,6 +315,8 @@ class SceneLoader:
 
     bad: dict[int, str]
     """images that did not decode, seen so far by this process: position -> reason"""
+    odd: dict[int, str]
+    """the same of images that are not as large as their annotations say"""
 
     def __init__(self, work: Preparing, *, batch_size: int, workers: int = 0, rank: int = 0, world: int = 1) -> None:
         if batch_size % world:
@@ -296,7 +324,7 @@ class SceneLoader:
         self.steps_per_epoch = len(work.scenes) // batch_size
         if not self.steps_per_epoch:
             raise UserError(f"batch_size is {batch_size}, but there are {len(work.scenes)} images with objects.")
-        self.bad = {}
+        self.bad, self.odd = {}, {}
         self._work, self._batch, self._workers = work, batch_size, workers
         self._rank, self._world = rank, world
 
@@ -304,6 +332,7 @@ class SceneLoader:
         """Give the batches of the steps from `start` to before `stop`, counted over all epochs."""
         for batch in run(self._work, self._tasks(start, stop), workers=self._workers):
             self.bad.update(batch.bad)
+            self.odd.update(batch.odd)
             yield batch
 
     def _tasks(self, start: int, stop: int) -> list[Task]:

@@ -21,13 +21,21 @@ import numpy.typing as npt
 
 from kinfold.data import index
 from kinfold.data.decode import Undecodable
-from kinfold.data.splits import choose, split_of_word
+from kinfold.data.splits import NoSuchSplit, choose, split_of_word
 from kinfold.errors import UserError
 
 EXTENSIONS = frozenset(
     ["jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "dib", "tif", "tiff", "gif", "ppm", "pgm", "pbm", "npy"]
 )
 """What is taken for an image by its name, in lower case."""
+
+# First-level folders of data sets for other tasks: they tell pictures from masks, or splits, and not classes.
+_PARTS = (
+    {"JPEGImages", "SegmentationClass", "SegmentationClassAug", "SegmentationObject"},
+    {"leftImg8bit", "gtFine", "gtCoarse"},
+    {"images", "masks"},
+    {*(f"{name}{year}" for name in ("train", "val", "test") for year in (2014, 2015, 2017)), "unlabeled2017"},
+)
 
 # A directory that was changed this shortly before it was listed may have been changed again within the same
 # tick of the file system's clock (two seconds on the coarsest): such a listing is not trusted the next time.
@@ -205,10 +213,10 @@ def open_folder(listing: Listing, split: str = "train") -> FolderSource:
 
     Splits: a first-level `train/` and nothing but other splits' names (`val`, `valid`, `validation`, `test`)
     beside it; else the whole folder is "train". Classes: the first-level folders (of the split), if every
-    image lies in one and there are at least two. The classes of all splits count together, so that a label
-    means the same in each.
+    image lies in one, there are at least two, and they are not the folders of VOC, COCO, Cityscapes or of images with
+    masks. The classes of all splits count together, so that a label means the same in each.
 
-    Raises `UserError` for a split that does not exist.
+    Raises `NoSuchSplit` for a split that does not exist.
     """
     tops = [directory.split("/")[:2] if directory else [] for directory in listing.directories]
     holding = np.unique(listing.parent).tolist()
@@ -221,7 +229,7 @@ def open_folder(listing: Listing, split: str = "train") -> FolderSource:
     elif split in ("train", "all"):
         chosen = [""]
     else:
-        raise UserError(
+        raise NoSuchSplit(
             f"{listing.root} has no splits, so there is no {split!r} in it: put its images in the folders "
             f"train/ and {split}/, or point at the folder that holds them."
         )
@@ -229,7 +237,11 @@ def open_folder(listing: Listing, split: str = "train") -> FolderSource:
     by_split: dict[str, set[str]] = {}
     for number in holding:
         by_split.setdefault(tops[number][0] if is_split else "", set()).add(inner[number])
-    classed = {name: found for name, found in by_split.items() if "" not in found and len(found) > 1}
+    classed = {
+        name: found
+        for name, found in by_split.items()
+        if "" not in found and len(found) > 1 and not any(found <= parts for parts in _PARTS)
+    }
     start, stop = 0, len(listing)
     if is_split and len(chosen) == 1:
         number_of = np.array([bool(top) and top[0] == chosen[0] for top in tops])

@@ -102,7 +102,8 @@ def _lines(path: Path) -> list[str]:
     try:
         return path.expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as a list of names: {error}. Give a text file in UTF-8.") from error
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise UserError(f"{path} cannot be read as a list of names: {reason}. Give a text file in UTF-8.") from error
 
 
 def _plain(name: str) -> str:

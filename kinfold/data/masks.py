@@ -54,6 +54,7 @@ _CITYSCAPES: dict[str, int] = {
 }
 """the 19 classes that are evaluated, in their order, and the label id of each in the files"""
 _CITYSCAPES_IDS = 34
+_BIT_DEPTH = 24  # place of this byte in a PNG file
 
 Mask = NDArray[np.uint8]
 
@@ -72,6 +73,8 @@ class Masks:
         self, pairs: Sequence[Pair], classes: Sequence[str], description: str, *, ids: Sequence[int] | None = None
     ) -> None:
         """`ids` are the values that stand for the classes where they are not 0, 1, 2, …; other ids are then void."""
+        if len(classes) > VOID:
+            raise UserError(f"{description}: {len(classes)} classes, but masks have numbers for {VOID} at most.")
         digest = hashlib.sha256("\n".join(classes).encode("utf-8", "surrogateescape"))
         for pair in pairs:
             for path in pair:
@@ -144,7 +147,9 @@ def read_mask(path: Path) -> Mask:
         if image.width * image.height > PIXEL_LIMIT:
             raise Undecodable(f"{path}: it claims {image.width:,} x {image.height:,} pixels")
         if image.mode in ("P", "L", "1"):
-            return np.array(image).astype(np.uint8)  # [H, W]
+            values = np.array(image).astype(np.uint8)  # [H, W]
+            # Pillow stretches grey levels of 2 and 4 bits to 255.
+            return values // (255 // (2 ** raw[_BIT_DEPTH] - 1)) if image.mode == "L" else values
     except Undecodable:
         raise
     except Exception as error:  # Pillow raises whatever a damaged file makes it stumble over
@@ -291,8 +296,14 @@ def _plain(
 
 
 def _matched(folder: Path, say: Callable[[str], None]) -> list[Pair]:
-    images = {path.stem: path for path in sorted((folder / "images").iterdir()) if extension(path.name) in EXTENSIONS}
-    masks = {path.stem: path for path in sorted((folder / "masks").glob("*.png"))}
+    images, masks = (
+        {
+            path.stem: path
+            for path in sorted((folder / name).iterdir())
+            if extension(path.name) in kinds and not path.name.startswith(".")  # "._1.png" is a system's own note
+        }
+        for name, kinds in (("images", EXTENSIONS), ("masks", frozenset({"png"})))
+    )
     pairs = [Pair(image, masks[stem]) for stem, image in images.items() if stem in masks]
     if not pairs:
         raise UserError(
@@ -310,7 +321,7 @@ def _plain_classes(root: Path, folders: dict[str, Path], pairs: list[Pair]) -> t
     """The names in classes.txt; else the numbers up to the largest that the training masks hold."""
     listed = root / "classes.txt"
     if listed.is_file():
-        return tuple(" ".join(words) for _, words in voc.read_lines(listed))
+        return voc.read_classes(listed)
     first = next((folders[name] for name in folders if split_of_word(name) == "train"), None)
     if first is not None:
         pairs = _matched(first, lambda text: None)

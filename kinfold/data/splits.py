@@ -25,6 +25,10 @@ _WORDS = {
 _SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}(-[0-9a-f]+)?")
 
 
+class NoSuchSplit(UserError):
+    """Images are there, but none in a split of that name."""
+
+
 def split_of_word(word: str) -> str | None:
     """Give the split ("train", "validation", "test") that a word names; None where it names none."""
     return _WORDS.get(word.lower())
@@ -53,7 +57,7 @@ def by_split(paths: Iterable[str]) -> dict[str, list[str]]:
 def choose(split: str, available: Iterable[str], *, where: str) -> list[str]:
     """Pick from the splits that exist: "all" is every one, "test" falls back on validation.
 
-    Raises `UserError` that names those that exist.
+    Raises `NoSuchSplit` that names those that exist.
     """
     names = list(available)
     if split == "all":
@@ -65,4 +69,4 @@ def choose(split: str, available: Iterable[str], *, where: str) -> list[str]:
         for name in names:
             if canonical is not None and split_of_word(name) == canonical:
                 return [name]
-    raise UserError(f"{where} has no split {split!r}; it has {', '.join(names)} (or ask for all).")
+    raise NoSuchSplit(f"{where} has no split {split!r}; it has {', '.join(names)} (or ask for all).")

@@ -41,31 +41,14 @@ __all__ = [
     "parts",
     "presence",
     "read_annotation",
+    "read_classes",
     "read_lines",
 ]
 
 CLASSES: tuple[str, ...] = (
-    "aeroplane",
-    "bicycle",
-    "bird",
-    "boat",
-    "bottle",
-    "bus",
-    "car",
-    "cat",
-    "chair",
-    "cow",
-    "diningtable",
-    "dog",
-    "horse",
-    "motorbike",
-    "person",
-    "pottedplant",
-    "sheep",
-    "sofa",
-    "train",
-    "tvmonitor",
-)
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
 """the twenty classes of the challenges, in their order"""
 
 Presence = NDArray[np.int8]
@@ -292,6 +275,19 @@ def read_lines(path: Path) -> list[tuple[int, list[str]]]:
     return [(number, line.split()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
 
 
+def read_classes(path: Path) -> tuple[str, ...]:
+    """Read the names of classes, one a line. Raises `UserError` where there is none, or a name stands there twice."""
+    lines: dict[str, int] = {}
+    for line, words in read_lines(path):
+        name = " ".join(words)
+        if name in lines:
+            raise UserError(f"{path}, line {line}: {name!r} stands in line {lines[name]} already. Remove one of them.")
+        lines[name] = line
+    if not lines:
+        raise UserError(f"{path} names no class; write one a line.")
+    return tuple(lines)
+
+
 def _is_devkit(folder: Path) -> bool:
     return (folder / "JPEGImages").is_dir() and (folder / "ImageSets").is_dir()
 
@@ -305,10 +301,10 @@ def _devkit(folder: Path) -> Devkit:
 def _classes(devkit: Devkit) -> tuple[str, ...]:
     listed = devkit.root / "classes.txt"
     if listed.is_file():
-        return tuple(dict.fromkeys(" ".join(words) for _, words in read_lines(listed)))
+        return read_classes(listed)
     if re.fullmatch(r"\d{4}", devkit.year):
         return CLASSES
-    files = sorted((devkit.root / "Annotations").glob("*.xml"))
+    files = sorted((devkit.root / "Annotations").glob("[!.]*.xml"))  # "._1.xml" is a system's own note on a file
     names = tuple(sorted({box.name for path in files for box in read_annotation(path).boxes}))
     if not names:
         raise UserError(f"{devkit.root / 'Annotations'} names no class, in {len(files):,} files.")

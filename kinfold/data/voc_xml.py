@@ -48,6 +48,8 @@ def read_annotation(path: Path) -> Annotation:
     except expat.ExpatError as error:
         reason = expat.ErrorString(error.code)
         raise UserError(f"{path}, line {error.lineno}: the XML is malformed: {reason}.") from error
+    except (LookupError, ValueError) as error:  # how expat's Python side refuses an encoding
+        raise UserError(f"{path}, line 1: its encoding cannot be read ({error}). Save it as UTF-8.") from error
     return Annotation(path, reader.side("width"), reader.side("height"), reader.boxes)
 
 

@@ -172,11 +172,9 @@ def evaluate(
     settings = load_protocol(protocol, recipe, overrides)
     how = PROTOCOLS[protocol]
     loaded = load_backbone(backbone) if isinstance(backbone, str) else backbone
-    if size is not None:
-        loaded = dataclasses.replace(loaded, size=size, resize=resize)
-        settings = settings.at_size(size, resize) if hasattr(settings, "at_size") else settings
-    elif resize is not None:
-        loaded = dataclasses.replace(loaded, resize=resize)
+    if size is not None or resize is not None:
+        settings = _at_size(settings, size, resize)
+        loaded = dataclasses.replace(loaded, size=size or loaded.size, resize=resize)
     where = choose_device(device)
     distributed.start(where.type)
     if getattr(settings, "test_size", None) not in (None, loaded.size):
@@ -221,3 +219,22 @@ def evaluate(
         shutil.rmtree(progress, ignore_errors=True)  # nobody will go on from here
     distributed.wait_for_all()
     return {**result, "file": str(path)}
+
+
+def _at_size(settings: Any, size: int | None, resize: int | None) -> Any:
+    """The settings with the sizes that were asked for in place of the recipe's, where it has any."""
+    for name, number in (("size", size), ("resize", resize)):
+        if number is not None and number < 1:
+            raise UserError(f"{name} is {number}; it is a number of pixels, at least 1.")
+    own = getattr(settings, "test_size", None)
+    if own is not None and resize is not None and resize < (size or own):
+        raise UserError(
+            f"resize is {resize}, smaller than the images' size {size or own}. Make it {size or own} or more."
+        )
+    if size is not None and hasattr(settings, "at_size"):
+        return settings.at_size(size, resize)
+    if own is None:
+        return settings
+    if size is not None and resize is None and settings.test_resize is not None:  # in the same proportion
+        resize = round(settings.test_resize * size / own)
+    return dataclasses.replace(settings, test_size=size or own, test_resize=resize)

@@ -72,6 +72,7 @@ def measure_detections(
     asked: dict[int, list[Overlaps]] = {}
     shown: dict[int, Found] = {}
     bad: dict[int, str] = {}
+    odd: dict[int, str] = {}
     work = Showing(scenes.source, short, longest, channels)
     with bar("detections" if distributed.is_main() else None, len(tasks)) as advance, frozen(model):
         for one in run(work, tasks, workers=conditions.workers):
@@ -83,6 +84,8 @@ def measure_detections(
             result = full_size(model([one.image])[0], (one.image.shape[1], one.image.shape[2]), one.size)
             found = Found(*(result[name].cpu().numpy() for name in ("boxes", "scores", "labels")))
             found = Found(found.boxes.astype(np.float64), found.scores.astype(np.float64), found.labels - 1)
+            if (what := scenes.objects[one.position].other_size(one.size)) is not None:
+                odd[one.position] = what
             asked[one.position] = overlaps(found, scenes.objects[one.position], result.get("masks"), one.size)
             shown |= {one.position: found} if one.position < drawn else {}
     bad, shown = distributed.join(bad), _joined(shown)
@@ -92,6 +95,7 @@ def measure_detections(
     remark = left_out(scenes.source, bad)
     if remark is not None:
         conditions.say(remark)
+    scenes.tell_odd(distributed.join(odd), conditions.say)
     if conditions.progress is not None and drawn and distributed.is_main():
         path = conditions.progress.with_suffix(".png")
         draw(path, scenes, dict(sorted(shown.items())), channels)

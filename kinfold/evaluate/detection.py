@@ -196,6 +196,7 @@ def detection(backbone: FrozenBackbone, data: Detectable, settings: Detection) -
     remark = left_out(learned.source, distributed.join(loader.bad))
     if remark is not None:
         data.say(f"Training: {remark}; others stood in.")
+    learned.tell_odd(distributed.join(loader.odd), lambda text: data.say(f"Training: {text}"))
     return measure_detections(
         model,
         data.test,
@@ -274,7 +275,7 @@ def renew_statistics(model: Detector, loader: SceneLoader, settings: Detection) 
     for norm in norms:
         norm.momentum = 1.0  # so that the running statistics are those of the last batch
     first, device = settings.iterations, str(model.get_buffer("mean").device)
-    with bar("batch norm's statistics", settings.precise_statistics) as advance:
+    with bar("batch norm's statistics" if distributed.is_main() else None, settings.precise_statistics) as advance:
         for number, batch in enumerate(loader.steps(first, first + settings.precise_statistics)):
             with _seeded(device, settings.seed, first + number):
                 model(batch.images, _on(batch.targets, device))

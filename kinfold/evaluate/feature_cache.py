@@ -18,7 +18,9 @@ import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +31,7 @@ from torch import Tensor, nn
 
 from kinfold import distributed
 from kinfold.errors import UserError
-from kinfold.evaluate.backbones import hash_of
+from kinfold.evaluate.backbones import hash_of, hash_tensors
 
 BOUND_GB = 100.0
 """so much is kept if `$KINFOLD_FEATURES_GB` says nothing; the sets that nobody used for longest go first"""
@@ -51,12 +53,28 @@ class Kept(NamedTuple):
 
 def key_of(network: nn.Module, facts: dict[str, Any]) -> str:
     """Hash what features depend on: weights, structure, and `facts` about images and their look."""
-    kinds = [
-        f"{name}:{type(module).__module__}.{type(module).__qualname__}" for name, module in network.named_modules()
-    ]
+    kinds = [_kind(name, module) for name, module in network.named_modules()]
     about = {"facts": facts, "weights": hash_of(network), "structure": repr(network), "kinds": kinds}
     digest = hashlib.sha256(json.dumps({**about, "transform": _TRANSFORM}, sort_keys=True).encode())
     return digest.hexdigest()[:32]
+
+
+def _kind(name: str, module: nn.Module) -> list[str]:
+    """What a module computes with beside its weights: its class, plain attributes, buffers that are not saved."""
+    words = [f"{name}:{type(module).__module__}.{type(module).__qualname__}"]
+    words += [
+        f"{key}={value!r}" for key, value in sorted(vars(module).items()) if key != "training" and _is_plain(value)
+    ]
+    unsaved = {
+        key: value for key, value in module.named_buffers(recurse=False) if key in module._non_persistent_buffers_set
+    }
+    return [*words, hash_tensors(unsaved)] if unsaved else words
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, (bool, int, float, str)) or (
+        isinstance(value, (list, tuple)) and all(_is_plain(item) for item in value)
+    )
 
 
 def find(folder: Path, key: str, *, images: int) -> Kept | None:
@@ -74,7 +92,8 @@ def find(folder: Path, key: str, *, images: int) -> Kept | None:
         array = np.load(place / "features.npy", mmap_mode="c", allow_pickle=False)  # [n, F]
         if array.dtype != np.float32 or array.ndim != 2 or len(array) != images - len(bad):
             raise ValueError("another number of rows than images")
-        os.utime(place / "about.json")  # used now: the others go first
+        with suppress(OSError):  # a cache of others may only be read
+            os.utime(place / "about.json")  # used now: the others go first
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
@@ -93,7 +112,8 @@ class Writing:
 
     def __init__(self, folder: Path, key: str, *, images: int, about: dict[str, Any]) -> None:
         self._folder, self._key, self._images, self._about = folder, key, images, about
-        main = distributed.join({distributed.rank(): str(os.getpid())})[0]
+        # No process number: in containers that share a cache all have the same, and leave it behind when killed.
+        main = distributed.join({distributed.rank(): uuid.uuid4().hex[:8]})[0]
         self._draft = folder / f".{key}.{main}.partial"
         self._width = self._header = 0
 

@@ -27,6 +27,7 @@ from kinfold.data.decode import Undecodable
 from kinfold.data.loader import evaluation_batches
 from kinfold.data.sources import Source, Subset
 from kinfold.data.work import read
+from kinfold.data.written import written
 from kinfold.errors import UserError
 from kinfold.evaluate import feature_cache
 from kinfold.evaluate.backbones import FrozenBackbone, hash_of, load_backbone
@@ -202,8 +203,9 @@ def features_of(
         "mean": list(backbone.mean),
         "std": list(backbone.std),
     }
-    facts = {"data": source.fingerprint, **look}
-    key = feature_cache.key_of(network, facts)
+    facts = {"data": source.fingerprint, "written": written(source), **look}
+    # One key for all processes: what a network file system tells of a file may lag behind on some machines.
+    key = distributed.join({distributed.rank(): feature_cache.key_of(network, facts)})[0]
     kept: feature_cache.Kept | None = None
     with ExitStack() as until_opened:
         folder = conditions.cache

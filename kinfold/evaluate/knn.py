@@ -104,6 +104,7 @@ def accuracies(
 ) -> dict[str, float]:
     """Give top-1 and top-5 accuracy in percent for every k and T; queries [Q, F], bank [N, F], truth [Q]."""
     hits: dict[str, int] = {}
+    temperatures = tuple({f"{t:g}": t for t in temperatures}.values())  # what has one name is counted once
     labels, truth = labels.cpu(), truth.cpu()
     for near in nearest(queries, bank, k=max(neighbours), exclude_self=exclude_self, device=device):
         similarity, votes = near.similarity.cpu().double(), labels[near.places.cpu()]  # [q, k], [q, k]
@@ -111,7 +112,8 @@ def accuracies(
         for k in neighbours:
             for temperature in temperatures:
                 scores = vote(similarity[:, :k], votes[:, :k], temperature=temperature, classes=classes)  # [q, C]
-                first = rank(scores)[:, :5] == own  # [q, 5]
+                # A class that nobody voted for is no answer, though five may be asked for and fewer are voted for.
+                first = (rank(scores)[:, :5] == own) & (scores.gather(1, own) > 0)  # [q, 5]
                 for top in (1, 5) if classes > 5 else (1,):
                     name = f"top{top}/k={k},T={temperature:g}"
                     hits[name] = hits.get(name, 0) + int(first[:, :top].sum())

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from kinfold.data.decode import Undecodable
 from kinfold.data.sources import Source, open_source
+from kinfold.data.splits import NoSuchSplit
+from kinfold.data.written import same_images
 from kinfold.errors import UserError
 from kinfold.evaluate.backbones import FrozenBackbone
 from kinfold.evaluate.conditions import Conditions, tell
@@ -80,24 +82,26 @@ def _test_source(request: Request, train: Source, say: Callable[[str], None]) ->
     if request.test_data is not None:
         try:
             given = open_source(request.test_data, split=split, limit=limit)
-        except UserError:
+        except NoSuchSplit:
             if request.test_split is not None:  # asked for by name
                 raise
             given = open_source(request.test_data, limit=limit)  # a set without splits is all test
-        if given.fingerprint == train.fingerprint:  # every image would find itself
+        if same_images(given, train):  # every image would find itself
             say("The test images are the training images, so each is left out when it asks.")
             return None
         return given
+    if request.train_split == "all" and request.test_split is None:
+        return None  # every split is learned from
     try:
         test = open_source(request.data, split=split, limit=limit)
-    except UserError:
+    except NoSuchSplit:  # one that is there and cannot be read is an error
         if request.test_split is not None:
             raise
         return None
     if test.labels is None and train.labels is not None and request.test_split is None:
         say(f"The test split has no labels and is not used: {test.description}.")
         return None
-    return None if test.fingerprint == train.fingerprint else test
+    return None if same_images(test, train) else test
 
 
 def labels_of(train: Source, test: Source | None, *, say: Callable[[str], None] = tell) -> tuple[Labels, Labels, int]:

@@ -80,6 +80,7 @@ class FrozenMaps:
     def __init__(self, backbone: FrozenBackbone, layers: tuple[int, ...]) -> None:
         self._module, self._of = backbone.module, backbone.description
         self._maps, centred = _maps_of(backbone, layers)
+        self._centred = centred
         self._cell = 1
         # Images are filled up to whole cells where a network cuts them into patches; convolutions have no such borders.
         side = 257 if centred else backbone.size
@@ -90,6 +91,7 @@ class FrozenMaps:
         self.width = sum(each.shape[1] for each in found)
         self.stride = min(strides)
         self.first = 0.0 if centred else (self.stride - 1) / 2
+        self._coarser = [stride // self.stride for stride in strides]
         self._cell = 1 if centred else max(strides)
         with frozen(self._module):
             self._given(image.new_zeros(1, backbone.channels, side, side + max(strides)))
@@ -99,9 +101,14 @@ class FrozenMaps:
         below, beside = (-length % self._cell for length in images.shape[2:])
         with frozen(self._module):
             maps = self._given(F.pad(images, (0, beside, 0, below)))
-        finest = max(maps, key=lambda each: each.shape[-1] * each.shape[-2])
-        size = finest.shape[-2:]
-        joined = [m if m.shape[-2:] == size else F.interpolate(m, size, mode="bilinear") for m in maps]
+        height, width = maps[self._coarser.index(1)].shape[2:]
+        # Each place of a coarser map goes where it looks, so that what is joined is of the same pixels.
+        joined = [
+            m
+            if times == 1
+            else upsample(m, (height, width), stride=times, first=0.0 if self._centred else (times - 1) / 2)
+            for m, times in zip(maps, self._coarser)
+        ]
         return torch.cat(joined, dim=1).float()  # [B, F, h, w]
 
     def _given(self, images: Tensor) -> list[Tensor]:

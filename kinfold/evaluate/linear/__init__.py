@@ -182,16 +182,23 @@ def fit(
     # Differs: the epoch after the last measurement, which InvP's code trains and nobody sees, is left out.
     epochs = settings.epochs - before
 
+    total = epochs * batches.steps
+
     def state() -> dict[str, Any]:
-        return {"heads": [head.state() for head in flat], "history": list(history), "losses": losses}
+        kept = {"heads": [head.state() for head in flat], "history": list(history), "losses": losses}
+        return {**kept, "images": data.train.fingerprint, "steps": total}
 
     def restore(kept: dict[str, Any]) -> None:
+        if (kept.get("images"), kept.get("steps")) != (data.train.fingerprint, total):
+            raise UserError(
+                f"{data.progress} was left by a training on other images or with another number of processes. Start "
+                "as before, or remove it to begin again."
+            )
         for head, one in zip(flat, kept["heads"], strict=True):
             head.restore(one)
         history[:] = kept["history"]
         losses.copy_(kept["losses"])
 
-    total = epochs * batches.steps
     with Resumable(data, state=state, restore=restore, steps=total, doing="linear classifier") as going:
         while True:
             epoch, start = divmod(going.step, batches.steps)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kinfold import distributed
 from kinfold.data.mask_crops import Looked, Looking
-from kinfold.data.masks import Masks, open_masks
+from kinfold.data.masks import VOID, Masks, open_masks
 from kinfold.data.work import Task, run
 from kinfold.errors import UserError
 from kinfold.evaluate.conditions import Conditions
@@ -106,6 +106,11 @@ def checked(data: Masked, *, channels: int) -> tuple[Masks, Held]:
         data.say(f"{_named(train, data.train)} They are left out of the training.")
     if not train.pixels.any():
         raise UserError(f"No pixel has a class in {data.train.description}; there is nothing to learn.")
+    if np.count_nonzero(train.pixels) < 2:
+        raise UserError(
+            f"All pixels are {names[int(train.pixels.argmax())]!r} in {data.train.description}; there is nothing to "
+            f"tell apart. {VOID} is void: where it is meant as a class, write that class's number."
+        )
     missing = [name for name, count in zip(names, test.pixels) if not count]
     if missing:
         data.say(

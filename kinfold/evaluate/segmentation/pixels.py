@@ -102,7 +102,17 @@ def fit(network: nn.Module, train: Masks, data: Masked, settings: PixelTraining,
         for crops in run(work, tasks, workers=data.workers, pin=device.type == "cuda"):
             images = normalised(crops.images.to(device, non_blocking=True), backbone)  # [b, c, S, S]
             truth = crops.labels.to(device, non_blocking=True).long()  # [b, S, S]
-            loss = pixel_loss(network(images), truth)
+            try:
+                loss = pixel_loss(network(images), truth)
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                raise UserError(
+                    f"Batch norm cannot train on one place of one image: {len(images)} crops of {settings.crops.size} "
+                    "pixels in a process leave no more of a map. Raise batch_size or crops.size."
+                ) from error
+            if distributed.largest(int(not torch.isfinite(loss)), device):  # all processes stop together
+                raise UserError(_diverged("the loss is", going.step, settings))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             distributed.average_(p.grad for p in parameters if p.grad is not None)
@@ -112,7 +122,14 @@ def fit(network: nn.Module, train: Masks, data: Masked, settings: PixelTraining,
             optimizer.step()
             going.took_step()
     if not all(bool(torch.isfinite(p).all()) for p in parameters):
-        raise UserError("The training diverged: weights are not finite. Lower learning_rate.")
+        raise UserError(_diverged("weights are", settings.steps, settings))
+
+
+def _diverged(what: str, step: int, settings: PixelTraining) -> str:
+    return (
+        f"The training diverged: {what} not finite at step {step:,} of {settings.steps:,}. Lower learning_rate, now "
+        f"{settings.learning_rate:g}."
+    )
 
 
 def pixel_loss(logits: Tensor, truth: Tensor) -> Tensor:

@@ -206,7 +206,12 @@ def _one_set(request: Request, settings: Transfer, conditions: dict[str, Any]) -
     if labelled.test is None:
         raise UserError(
             f"There are no test images apart from the training images: {labelled.train.description}. Give a set with a "
-            "test split, or another set as test_data."
+            "test split, or another set as test_data"
+            + (
+                f"; or a folder with some of the sets {', '.join(ELEVEN)}: here is none."
+                if settings.sets is None
+                else "."
+            )
         )
     known, asked, _ = labels_of(labelled.train, labelled.test, say=labelled.say)
     val = None
