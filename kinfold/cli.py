@@ -357,7 +357,12 @@ def recipes_show(
     from kinfold.reading import read_text, to_yaml
     from kinfold.recipe import find_recipe, load
 
-    if complete or settings:
+    words = name.split("/")
+    if (complete or settings) and words[0] == "evaluate" and len(words) == 3:
+        from kinfold.evaluate import load_protocol
+
+        typer.echo(to_yaml(load_protocol(words[1], words[2], settings or [])), nl=False)
+    elif complete or settings:
         recipe, _ = load(name, settings or [], run={"data": "-", "out": "-"})
         typer.echo(to_yaml(recipe), nl=False)
     else:

@@ -44,7 +44,7 @@ from kinfold.evaluate.results import (
     versions,
     write_result,
 )
-from kinfold.evaluate.resumable import Stopped
+from kinfold.evaluate.resumable import Stopped, place_of_progress
 from kinfold.evaluate.segmentation import Segmentation
 from kinfold.evaluate.segmentation import segmentation as by_segmentation
 from kinfold.evaluate.segmentation.masked import open_masked
@@ -202,22 +202,23 @@ def evaluate(
     }
     place = out if out is not None else (loaded.folder or Path()) / "evaluate"
     progress = folder_of(place) / f"{file_name(result).removesuffix('.json')}.progress"
-    values = how.measure(loaded.to(where), dataclasses.replace(opened, progress=progress), settings)
-    result |= {
-        "values": values,
-        "unit": how.unit,
-        "limit": limit,
-        "notes": notes,
-        "machine": about_machine(str(where)),
-        "versions": versions(),
-        "started": started.isoformat(timespec="seconds"),
-        "seconds": round(time.monotonic() - began, 2),
-    }
     path = place if place.suffix == ".json" else place / file_name(result)
-    if distributed.is_main():
-        write_result(result, path)
-        shutil.rmtree(progress, ignore_errors=True)  # nobody will go on from here
-    distributed.wait_for_all()
+    with place_of_progress(progress):
+        values = how.measure(loaded.to(where), dataclasses.replace(opened, progress=progress), settings)
+        result |= {
+            "values": values,
+            "unit": how.unit,
+            "limit": limit,
+            "notes": notes,
+            "machine": about_machine(str(where)),
+            "versions": versions(),
+            "started": started.isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - began, 2),
+        }
+        if distributed.is_main():
+            write_result(result, path)
+            shutil.rmtree(progress, ignore_errors=True)  # nobody will go on from here
+        distributed.wait_for_all()
     return {**result, "file": str(path)}
 
 
@@ -233,8 +234,11 @@ def _at_size(settings: Any, size: int | None, resize: int | None) -> Any:
         )
     if size is not None and hasattr(settings, "at_size"):
         return settings.at_size(size, resize)
-    if own is None:
-        return settings
-    if size is not None and resize is None and settings.test_resize is not None:  # in the same proportion
-        resize = round(settings.test_resize * size / own)
-    return dataclasses.replace(settings, test_size=size or own, test_resize=resize)
+    changes: dict[str, Any] = {}
+    if size is not None and getattr(settings, "augment", None) is not None:
+        changes["augment"] = dataclasses.replace(settings.augment, size=size)
+    if own is not None:
+        if size is not None and resize is None and settings.test_resize is not None:  # in the same proportion
+            resize = round(settings.test_resize * size / own)
+        changes |= {"test_size": size or own, "test_resize": resize}
+    return dataclasses.replace(settings, **changes) if changes else settings

@@ -65,10 +65,10 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
 def bar(text: str | None, total: int) -> Iterator[Callable[[int], None]]:
     """Show a bar over `total` on a terminal; yields what to call with the number of things done.
 
-    Nothing is shown without a text, or where the errors do not go to a terminal.
+    Nothing is shown without a text, where the errors do not go to a terminal, or by another process than the main one.
     """
     console = Console(stderr=True)
-    if text is None or not console.is_terminal:
+    if text is None or not console.is_terminal or not distributed.is_main():
         yield lambda count: None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

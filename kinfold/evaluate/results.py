@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kinfold import __version__
+from kinfold import __version__, distributed
 from kinfold.data.sources import Source
 from kinfold.encoders import feature_width
 from kinfold.errors import UserError
@@ -60,6 +60,8 @@ def about_machine(device: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": device,
+        # Batch norm that is trained without being synchronised sees each process's images alone.
+        "processes": distributed.world(),
         "accelerator": accelerator,
     }
 

@@ -8,16 +8,44 @@ the protocols is addressed by seed, epoch and image, so the state is what traini
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from kinfold import checkpoint, distributed
+from kinfold.errors import UserError
 from kinfold.evaluate.conditions import Conditions
 from kinfold.evaluate.features import bar
 from kinfold.interrupt import Interrupt
+from kinfold.run_folder import held
+
+
+@contextmanager
+def place_of_progress(folder: Path) -> Iterator[None]:
+    """Make the folder where a protocol keeps its progress, and keep other processes out of it that do the same.
+
+    Made before anything is computed, so that a place that takes no files is found at once. An empty one is removed.
+    Raises `UserError` where it cannot be made, or another process is at work in it.
+    """
+    if not distributed.is_main():
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"out: {folder.parent} takes no files ({error.strerror}), so no result could be written. Choose another "
+            "out=."
+        ) from error
+    with held(folder):
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # there is something to go on from, or all has been removed already
+                folder.rmdir()
 
 
 class Stopped(Exception):
@@ -66,7 +94,12 @@ class Resumable:
         self._advance: Callable[[int], None] = lambda count: None
 
     def __enter__(self) -> Resumable:
-        found = None if self._folder is None else checkpoint.load_latest(self._folder)
+        found = None
+        if self._folder is not None:
+            try:
+                found = checkpoint.load_latest(self._folder)
+            except UserError as error:
+                raise UserError(f"{error}\nOr remove {self._folder}, and the same command begins again.") from error
         if found is not None:
             for broken in found.skipped:
                 self._say(f"{broken}; the one before it is used")
@@ -75,6 +108,8 @@ class Resumable:
             if distributed.is_main():
                 self._say(f"{self._doing}: going on at step {self.step:,} of {self.steps:,}")
         self._open.enter_context(self._interrupt)
+        # On CUDA, sums in any order would make what is resumed another run.
+        self._open.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True))
         self._advance = self._open.enter_context(bar(self._doing if distributed.is_main() else None, self.steps))
         self._advance(self.step)
         return self
@@ -92,7 +127,7 @@ class Resumable:
         signal, due = divmod(wish, 2)
         if self._folder is not None and (due or signal or self.step == self.steps):
             if distributed.is_main():
-                checkpoint.save(self._folder, self._state(), step=self.step, keep=1)
+                checkpoint.save(self._folder, self._state(), step=self.step)
             distributed.wait_for_all()
             self._saved = time.monotonic()
         if signal:

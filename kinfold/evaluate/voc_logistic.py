@@ -29,7 +29,7 @@ from kinfold.data.loader import Loader
 from kinfold.data.voc import Presence
 from kinfold.evaluate.average_precision import all_point, curve, step
 from kinfold.evaluate.backbones import FrozenBackbone
-from kinfold.evaluate.features import frozen
+from kinfold.evaluate.features import frozen, left_out
 from kinfold.evaluate.linear.classifier import first_weights
 from kinfold.evaluate.multi_label import MultiLabel
 from kinfold.evaluate.resnet import parts
@@ -141,8 +141,9 @@ def voc_logistic(backbone: FrozenBackbone, data: MultiLabel, settings: VOCLogist
                 if (going.step + 1) % settings.measure_every == 0 or going.step + 1 == steps:
                     history.append([going.step + 1, *test.measure(weight, bias, going.step + 1)])
                 going.took_step()
-    if loader.bad:
-        data.say(f"{len(loader.bad):,} training images do not decode, and others were taken in their place")
+    unread = left_out(data.train, distributed.join(loader.bad))
+    if unread is not None:
+        data.say(f"{unread}. In training others stand in for them.")
     return _values(np.array(history), test.classes, data)
 
 

@@ -22,7 +22,7 @@ from kinfold import distributed
 from kinfold.data.sources import Source, split_off
 from kinfold.errors import UserError
 from kinfold.evaluate.backbones import FrozenBackbone, Layer
-from kinfold.evaluate.features import resize_for
+from kinfold.evaluate.features import left_out, resize_for
 from kinfold.evaluate.labelled import Labelled, Labels, labels_of
 from kinfold.evaluate.linear.batches import Asked, Augmented, Batches, Cached, Kept, Remade
 from kinfold.evaluate.linear.classifier import BatchNorm, Classifier, Init, first_weights, hits
@@ -162,6 +162,10 @@ def linear(backbone: FrozenBackbone, data: Labelled, settings: Linear) -> dict[s
         )
     scale = 1.0 if settings.base_batch is None else batch / settings.base_batch
     history, losses = fit(heads, batches, asked, data, settings, scale=scale)
+    if isinstance(batches, Augmented):
+        unread = left_out(train, distributed.join(batches.loader.bad))
+        if unread is not None:
+            data.say(f"{unread}. In training others stand in for them.")
     return _values(history, losses, settings, classes, data)
 
 

@@ -87,9 +87,15 @@ def fit(network: nn.Module, train: Masks, data: Masked, settings: PixelTraining,
     ]
 
     def state() -> dict[str, Any]:
-        return {"weights": dict(network.state_dict()), "optimizer": optimizer.state_dict()["state"]}
+        kept = {"weights": dict(network.state_dict()), "optimizer": optimizer.state_dict()["state"]}
+        return {**kept, "images": train.fingerprint, "batch": batch}
 
     def restore(state: dict[str, Any]) -> None:
+        if (state["images"], state["batch"]) != (train.fingerprint, batch):
+            raise UserError(
+                f"{data.progress} was left by a training on other images or with another number of processes. Start "
+                "as before, or remove it to begin again."
+            )
         network.load_state_dict(state["weights"])
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]})
 
