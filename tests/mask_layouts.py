@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from kinfold.data.mask_crops import Crops
+from kinfold.data.annotated.mask_crops import Crops
 from kinfold.encoders import Backbone, build_backbone
 from kinfold.evaluate import FrozenBackbone
 from kinfold.evaluate.protocol import Request

@@ -79,7 +79,7 @@ def aircraft(root: Path) -> None:
 def voc2007(root: Path) -> None:
     """Two classes have images; the other eighteen are nowhere. Cats are dark and dogs are bright."""
     base = root / "VOCdevkit" / "VOC2007"
-    from kinfold.data.voc import CLASSES
+    from kinfold.data.annotated.voc import CLASSES
 
     split_of = {"train": range(8), "val": range(8, 14), "test": range(14, 22)}
     shows = {n: ((n % 2 == 0), (n % 3 == 0)) for n in range(22)}  # cat, dog

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from kinfold.evaluate.boxes import (
+from kinfold.evaluate.detection.boxes import (
     THRESHOLDS,
     Overlaps,
     box_areas,

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as reference
 
-from kinfold.data.coco import Polygons, Runs, annotation_file, coco_scenes, is_coco, letters_to_counts
+from kinfold.data.annotated.coco import Polygons, Runs, annotation_file, coco_scenes, is_coco, letters_to_counts
 from kinfold.errors import UserError
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
-from kinfold.data.masks import VOID
+from kinfold.data.annotated.masks import VOID
 from kinfold.evaluate.segmentation.confusion import Confusion, constant, values
 
 

@@ -21,13 +21,13 @@ from torch import nn
 
 from kinfold import distributed
 from kinfold.checkpoint import load_latest
-from kinfold.data.detection import Prepared, Preparing, SceneLoader, Scenes, resized
+from kinfold.data.annotated.scenes import Prepared, Preparing, SceneLoader, Scenes, resized
 from kinfold.data.work import Task
 from kinfold.encoders import Backbone, build_backbone
 from kinfold.errors import UserError
 from kinfold.evaluate.backbones import FrozenBackbone, hash_of
 from kinfold.evaluate.detection import Detectable, Detection, detection, open_detection, rate, renew_statistics
-from kinfold.evaluate.detectors import RCNN, build_detector
+from kinfold.evaluate.detection.detectors import RCNN, build_detector
 from kinfold.evaluate.protocol import Request
 from kinfold.evaluate.resumable import Stopped
 from kinfold.reading import parse, read_yaml
@@ -494,7 +494,7 @@ def test_two_processes_end_with_one_detector_and_share_the_test(tmp_path: Path) 
     how = settings(model={"least_score": 0.0})
     model = build_detector(backbone(), how.model, classes=2, seed=0)
     model.load_state_dict(first["weights"])
-    from kinfold.evaluate.detected import measure_detections
+    from kinfold.evaluate.detection.detected import measure_detections
 
     data = opened(root, how)
     alone = measure_detections(model, data.test, data, short=48, longest=100, channels=3, drawn=0)

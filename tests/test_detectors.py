@@ -15,8 +15,8 @@ from torchvision.ops import box_iou
 from kinfold.encoders import Backbone, build_backbone
 from kinfold.errors import UserError
 from kinfold.evaluate.backbones import FrozenBackbone, hash_of
-from kinfold.evaluate.detected import full_size
-from kinfold.evaluate.detectors import RCNN, Detector, build_detector
+from kinfold.evaluate.detection.detected import full_size
+from kinfold.evaluate.detection.detectors import RCNN, Detector, build_detector
 
 SMALL: dict[str, Any] = {
     "candidates": (200, 100),

@@ -15,10 +15,10 @@ from mask_layouts import COLOURS, save_image, save_mask, scene, shapes, write_li
 from PIL import Image
 from voc_layout import unpacked
 
+from kinfold.data.annotated.mask_crops import Cropping, Crops, Looking, cut
+from kinfold.data.annotated.masks import VOID, Masks, open_masks, read_mask
+from kinfold.data.annotated.voc import CLASSES
 from kinfold.data.decode import Undecodable
-from kinfold.data.mask_crops import Cropping, Crops, Looking, cut
-from kinfold.data.masks import VOID, Masks, open_masks, read_mask
-from kinfold.data.voc import CLASSES
 from kinfold.data.work import Task, run
 from kinfold.errors import UserError
 from kinfold.evaluate.segmentation.picture import palette

@@ -24,9 +24,9 @@ from torch.nn import functional as F
 
 from kinfold import distributed, evaluate
 from kinfold.checkpoint import load_latest
-from kinfold.data.mask_crops import Crops
-from kinfold.data.masks import Masks
-from kinfold.data.voc import CLASSES
+from kinfold.data.annotated.mask_crops import Crops
+from kinfold.data.annotated.masks import Masks
+from kinfold.data.annotated.voc import CLASSES
 from kinfold.encoders import Backbone, build_backbone
 from kinfold.errors import UserError
 from kinfold.evaluate import FrozenBackbone

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from voc_layout import annotation, thing, unpacked, write_devkit
 
-from kinfold.data import voc
+from kinfold.data.annotated import voc
 from kinfold.data.decode import Undecodable
 from kinfold.data.sources import Source
 from kinfold.errors import UserError

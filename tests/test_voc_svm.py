@@ -15,7 +15,7 @@ from sklearn.svm import LinearSVC
 from torch import nn
 from voc_layout import annotation, thing, write_devkit
 
-from kinfold.data.voc import Presence
+from kinfold.data.annotated.voc import Presence
 from kinfold.errors import UserError
 from kinfold.evaluate.average_precision import all_point, curve, eleven_point
 from kinfold.evaluate.backbones import FrozenBackbone, hash_of

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from kinfold.data import voc
+from kinfold.data.annotated import voc
 from kinfold.data.sources import Source, Subset
 from kinfold.errors import UserError
 from kinfold.evaluate.backbones import FrozenBackbone

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kinfold import distributed
+from kinfold.data.annotated.voc import Presence
 from kinfold.data.loader import Loader
-from kinfold.data.voc import Presence
 from kinfold.evaluate.average_precision import all_point, curve, step
 from kinfold.evaluate.backbones import FrozenBackbone
 from kinfold.evaluate.features import frozen, left_out

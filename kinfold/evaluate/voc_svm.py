@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from kinfold.data.voc import Presence
+from kinfold.data.annotated.voc import Presence
 from kinfold.evaluate.average_precision import all_point, curve, eleven_point
 from kinfold.evaluate.backbones import FrozenBackbone
 from kinfold.evaluate.features import bar

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kinfold import distributed
-from kinfold.data import voc
+from kinfold.data.annotated import voc
 from kinfold.data.index import cache_root
 from kinfold.data.named_sets import large
 from kinfold.data.named_sets import small as layouts
@@ -56,7 +56,7 @@ def open_small_set(
     """Open splits of a small set: "train", "val", "test" (those that it has), "trainval", or "all".
 
     `root` None is `torchvision` below the cache. VOC 2007 has several labels an image, so as a source it has none
-    (`kinfold.data.voc.presence` gives them). Raises `UserError` where the set is unknown, not there, or damaged.
+    (`presence` in `kinfold.data.annotated.voc` gives them). Raises `UserError` where the set is unknown, not there, or damaged.
     """
     this = SETS[canonical(name)]
     base = find_small_set(name, root, download=download, cache=cache)

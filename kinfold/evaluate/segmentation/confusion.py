@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kinfold import distributed
-from kinfold.data.masks import VOID
+from kinfold.data.annotated.masks import VOID
 
 
 @final

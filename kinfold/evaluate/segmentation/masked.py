@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from kinfold import distributed
-from kinfold.data.mask_crops import Looked, Looking
-from kinfold.data.masks import VOID, Masks, open_masks
+from kinfold.data.annotated.mask_crops import Looked, Looking
+from kinfold.data.annotated.masks import VOID, Masks, open_masks
 from kinfold.data.work import Task, run
 from kinfold.errors import UserError
 from kinfold.evaluate.conditions import Conditions

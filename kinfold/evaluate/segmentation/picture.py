@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from kinfold.data.masks import VOID
+from kinfold.data.annotated.masks import VOID
 
 _HEIGHT, _GAP, _LINE, _SQUARE = 128, 6, 18, 11
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kinfold import distributed
-from kinfold.data.mask_crops import Cropping, Crops, Whole
-from kinfold.data.masks import VOID, Masks
+from kinfold.data.annotated.mask_crops import Cropping, Crops, Whole
+from kinfold.data.annotated.masks import VOID, Masks
 from kinfold.data.work import Task, run
 from kinfold.errors import UserError
 from kinfold.evaluate.backbones import FrozenBackbone

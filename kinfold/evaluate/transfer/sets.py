@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kinfold.data import voc
+from kinfold.data.annotated import voc
 from kinfold.data.named_sets import SETS, canonical, find_small_set, locate, open_small_set
 from kinfold.data.sources import Source, Subset, open_source
 from kinfold.data.splits import split_of_word

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kinfold.data import voc
+from kinfold.data.annotated import voc
 from kinfold.data.crop import crop_resize
 from kinfold.data.decode import Undecodable
 from kinfold.data.sources import Source, Subset
@@ -163,7 +163,7 @@ def voc_scenes(data: str, split: str, classes: tuple[str, ...], *, say: Callable
     """Read the images of `split` in the VOC layout, which may join several: "2007_trainval+2012_trainval".
 
     Boxes of no area and of unknown classes are named with file and line and left out.
-    Raises `UserError` as `kinfold.data.voc` does for lists and files that do not fit.
+    Raises `UserError` as `kinfold.data.annotated.voc` does for lists and files that do not fit.
     """
     chosen, faults = voc.choose(data, split), Faults()
     objects = [_voc_objects(devkit.annotation(id), classes, faults) for devkit, id in chosen]

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kinfold.data.annotated.scenes import Faults, Flags, Floats, Objects, Outline, Scenes
 from kinfold.data.decode import Undecodable
-from kinfold.data.detection import Faults, Flags, Floats, Objects, Outline, Scenes
 from kinfold.errors import UserError
 
 _PREFIX = re.compile(r"^_?(instances|annotations)[_.]?|[_.]?annotations$|\.coco$")

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kinfold.data.annotated.voc_xml import Annotation, Box, read_annotation
 from kinfold.data.decode import Undecodable
 from kinfold.data.folder import EXTENSIONS, extension
-from kinfold.data.voc_xml import Annotation, Box, read_annotation
 from kinfold.errors import UserError
 
 __all__ = [

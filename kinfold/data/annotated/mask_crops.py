@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
+from kinfold.data.annotated.masks import VOID, Mask, Masks
 from kinfold.data.crop import crop_resize
 from kinfold.data.decode import Undecodable
-from kinfold.data.masks import VOID, Mask, Masks
 from kinfold.data.work import Task
 from kinfold.errors import UserError
 from kinfold.randomness import VIEW, uniforms

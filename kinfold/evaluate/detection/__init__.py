@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kinfold import distributed
-from kinfold.data import coco, voc
-from kinfold.data.detection import Preparing, SceneLoader, Scenes, voc_scenes
+from kinfold.data.annotated import coco, voc
+from kinfold.data.annotated.scenes import Preparing, SceneLoader, Scenes, voc_scenes
 from kinfold.errors import UserError
 from kinfold.evaluate.backbones import FrozenBackbone
 from kinfold.evaluate.conditions import Conditions
-from kinfold.evaluate.detected import measure_detections
-from kinfold.evaluate.detectors import RCNN, Detector, build_detector
+from kinfold.evaluate.detection.detected import measure_detections
+from kinfold.evaluate.detection.detectors import RCNN, Detector, build_detector
 from kinfold.evaluate.features import bar, left_out
 from kinfold.evaluate.linear import Count
 from kinfold.evaluate.protocol import Request

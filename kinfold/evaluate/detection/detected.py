@@ -14,11 +14,12 @@ from torch import distributed as dist
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from kinfold import distributed
+from kinfold.data.annotated.scenes import Objects, Scenes, Showing, resized
 from kinfold.data.crop import crop_resize
-from kinfold.data.detection import Objects, Scenes, Showing, resized
 from kinfold.data.work import Task, no_readable_image, read, run
 from kinfold.errors import UserError
-from kinfold.evaluate.boxes import (
+from kinfold.evaluate.conditions import Conditions
+from kinfold.evaluate.detection.boxes import (
     THRESHOLDS,
     Floats,
     Overlaps,
@@ -29,8 +30,7 @@ from kinfold.evaluate.boxes import (
     mean_ap,
     voc_ap,
 )
-from kinfold.evaluate.conditions import Conditions
-from kinfold.evaluate.detectors import Detector
+from kinfold.evaluate.detection.detectors import Detector
 from kinfold.evaluate.features import bar, frozen, left_out
 
 T = TypeVar("T")

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import PngImagePlugin
 
-from kinfold.data import voc
+from kinfold.data.annotated import voc
 from kinfold.data.decode import PIXEL_LIMIT, Undecodable, decode
 from kinfold.data.folder import EXTENSIONS, extension
 from kinfold.data.splits import split_of_word
