@@ -3,28 +3,33 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from mask_layouts import shapes
+from test_feature_cache import WithHoles
 from test_processes import free_port
 from torch import nn
 from voc_layout import annotation, thing, write_devkit
 
 from kinfold import cli
 from kinfold.encoders import Backbone, build_backbone
-from kinfold.evaluate import PROTOCOLS, FrozenBackbone, evaluate, load_protocol
+from kinfold.errors import UserError
+from kinfold.evaluate import PROTOCOLS, FrozenBackbone, Labelled, evaluate, load_protocol
+from kinfold.evaluate import _at_size as at_size
+from kinfold.evaluate.resumable import Resumable, place_of_progress
 from kinfold.export import export_backbone
 from kinfold.recipe import RECIPES
+from kinfold.run_folder import held
 
 SHORT: dict[str, list[str]] = {
     "knn": [],
@@ -114,36 +119,111 @@ def test_a_protocol_leaves_the_backbone_as_it_was_and_writes_one_whole_result(pr
     assert len(list(out.glob("*.json"))) == 1
 
 
-def test_a_command_that_was_stopped_goes_on_and_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
-    frozen = backbone(1)
+def exported(place: Path) -> Path:
+    """The small backbone as a file, as a person has it."""
     card = {"name": "resnet10_w8", "stem": "small-stride2", "channels": 1, "mean": [0.5], "std": [0.5], "size": 16}
-    export_backbone(frozen.module, tmp_path / "backbone.safetensors", card=card)
+    return export_backbone(backbone(1).module, place / "backbone.safetensors", card=card)
 
-    def command(out: str, *words: str) -> list[str]:
-        told = ["--backbone", str(tmp_path / "backbone.safetensors"), "--data", "digits", "--out", str(tmp_path / out)]
-        settings = ["augment={like: weak, size: 16}", "epochs=25", "batch_size=64"]
-        return [sys.executable, "-m", "kinfold", "evaluate", "linear", *told, *settings, "--limit", "256", *words]
 
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command("whole"), check=True, env=environment, capture_output=True)
-    process = subprocess.Popen(command("broken"), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    time.sleep(5)  # past the imports on a quiet machine; too early is fine too, then nothing has been kept
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    if process.returncode == 128 + signal.SIGTERM:
-        assert b"The same command goes on from there" in errors
-        assert list((tmp_path / "broken").glob("*.progress"))
-    subprocess.run(command("broken"), check=True, env=environment, capture_output=True)
-    results = [json.loads(next((tmp_path / out).glob("*.json")).read_text()) for out in ("whole", "broken")]
-    assert results[0]["values"] == results[1]["values"]
+def run_command(monkeypatch: pytest.MonkeyPatch, *words: str) -> object:
+    """Run the command in this process; gives its exit code."""
+    monkeypatch.setattr("sys.argv", ["kinfold", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code
+
+
+def only_values(folder: Path) -> dict[str, float]:
+    (found,) = folder.glob("*.json")
+    values: dict[str, float] = json.loads(found.read_text())["values"]
+    return values
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_command_that_was_stopped_goes_on_and_ends_as_if_it_had_not_been(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = ["evaluate", "linear", "--backbone", str(exported(tmp_path)), "--data", "digits", "--limit", "100"]
+    told += ["augment={like: weak, size: 16}", "epochs=3", "batch_size=32", "--out"]
+    assert run_command(monkeypatch, *told, str(tmp_path / "whole")) == 0
+    count = Resumable.took_step
+
+    def interrupted(going: Resumable) -> None:
+        if going.step == 4:  # in the middle of the second epoch
+            os.kill(os.getpid(), number)
+        count(going)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Resumable, "took_step", interrupted)
+        assert run_command(monkeypatch, *told, str(tmp_path / "broken")) == 128 + number
+    assert "Stopped at step 5 of 12. The same command goes on from there." in capsys.readouterr().err
+    (kept,) = (tmp_path / "broken").glob("*.progress")
+    assert list(kept.rglob("step-*.pt"))
+    assert run_command(monkeypatch, *told, str(tmp_path / "broken")) == 0
+    assert "going on at step 5 of 12" in capsys.readouterr().err
+    assert only_values(tmp_path / "whole") == only_values(tmp_path / "broken")
     assert not list((tmp_path / "broken").glob("*.progress"))
 
 
-def test_two_processes_write_one_result_with_the_values_of_one(tmp_path: Path) -> None:
+def test_damaged_progress_is_refused_with_what_to_remove(tmp_path: Path) -> None:
+    frozen, place = backbone(1), tmp_path / "out"
+    stored: list[Path] = []
+
+    def remember(text: str) -> None:
+        stored.extend(place.glob("*.progress"))
+
+    words = ["augment={like: weak, size: 16}", "epochs=1", "batch_size=300"]  # the batch is said, before the training
+    evaluate("linear", frozen, "digits", overrides=words, limit=60, out=place, say=remember)
+    folder = stored[0] / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "step-00000003.pt").write_bytes(b"half a file")
+    with pytest.raises(UserError, match=rf"(?s)No checkpoint .*Or remove {stored[0]}"):
+        evaluate("linear", frozen, "digits", overrides=words, limit=60, out=place, say=remember)
+
+
+def test_two_commands_do_not_work_on_one_question_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kinfold.evaluate.resumable.held", functools.partial(held, patience=0.1))
+    with place_of_progress(tmp_path / "a.progress"):
+        with pytest.raises(UserError, match="another process is at work"), place_of_progress(tmp_path / "a.progress"):
+            pass
+        with place_of_progress(tmp_path / "b.progress"):
+            pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_takes_no_files_is_found_before_anything_is_computed(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
     frozen = backbone(1)
-    card = {"name": "resnet10_w8", "stem": "small-stride2", "channels": 1, "mean": [0.5], "std": [0.5], "size": 16}
-    export_backbone(frozen.module, tmp_path / "backbone.safetensors", card=card)
-    told = ["--backbone", str(tmp_path / "backbone.safetensors"), "--data", "digits", "--limit", "200", "--no-cache"]
+    frozen.module.register_forward_hook(lambda *_: pytest.fail("something was computed"))
+    with pytest.raises(UserError, match=r"takes no files .*another out="):
+        evaluate("knn", frozen, "digits", limit=20, out=tmp_path / "file" / "results")
+
+
+def test_a_size_reaches_training_and_test_images() -> None:
+    for protocol, recipe in (("voc-logistic", "invp-voc07"), ("linear", "moco-imagenet"), ("fine-tune", "invp-cars")):
+        settings = at_size(load_protocol(protocol, recipe), 112, None)
+        assert (settings.augment.size, settings.test_size, settings.test_resize) == (112, 112, 128), protocol
+
+
+def test_training_images_that_do_not_decode_are_named_by_linear() -> None:
+    said: list[str] = []
+    data = Labelled(train=WithHoles(30, {3, 7}), test=WithHoles(20, set()), say=said.append)
+    settings = load_protocol("linear", overrides=["augment={like: weak, size: 16}", "epochs=2", "batch_size=10"])
+    PROTOCOLS["linear"].measure(backbone(1), data, settings)
+    assert any("2 of 30 images do not decode" in text and "others stand in" in text for text in said)
+
+
+def test_a_recipe_of_evaluation_is_shown_complete(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(monkeypatch, "recipes", "show", "evaluate/linear/sce-cifar10", "--complete", "epochs=7") == 0
+    shown = capsys.readouterr().out
+    assert "epochs: 7" in shown
+    assert "pad_crop: 4" in shown
+
+
+def test_two_processes_write_one_result_with_the_values_of_one(tmp_path: Path) -> None:
+    told = ["--backbone", str(exported(tmp_path)), "--data", "digits", "--limit", "200", "--no-cache"]
     words = ["evaluate", "linear", *told, "epochs=3"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     alone = [sys.executable, "-m", "kinfold"]

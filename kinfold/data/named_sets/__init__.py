@@ -56,7 +56,8 @@ def open_small_set(
     """Open splits of a small set: "train", "val", "test" (those that it has), "trainval", or "all".
 
     `root` None is `torchvision` below the cache. VOC 2007 has several labels an image, so as a source it has none
-    (`presence` in `kinfold.data.annotated.voc` gives them). Raises `UserError` where the set is unknown, not there, or damaged.
+    (`presence` in `kinfold.data.annotated.voc` gives them). Raises `UserError` where the set is unknown, not there, or
+    damaged.
     """
     this = SETS[canonical(name)]
     base = find_small_set(name, root, download=download, cache=cache)
