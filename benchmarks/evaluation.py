@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does every protocol run from end to end on two cores, in under five minutes, and is its figure better than chance?
 
+    kinfold pretrain DATA/cifar10 --recipe benchmarks/recipes/sce.yaml --out runs/sce-cifar limit=10000
     python benchmarks/evaluation.py --backbone runs/sce-cifar --data DATA [--only knn linear ...]
 
 DATA is a folder with the sets `cifar10`, `tiny-imagenet-200-32px` and `imagenette-224-subset` (Parquet), and the

@@ -224,19 +224,23 @@ def evaluation() -> list[str]:
     if found:
         places, backbones = (list(dict.fromkeys(each)) for each in zip(*((machine(r), r["backbone"]) for r in found)))
         intro += f" Measured on: {'; '.join(places)}. Backbone: {'; '.join(backbones)}."
-    head = ["| protocol | images | value | result | chance | time | file or command |", "|---|---|---|--:|--:|--:|---|"]
+    head = [
+        "| protocol | images | value | result | asked for | chance | time | file or command |",
+        "|---|---|---|--:|--:|--:|--:|---|",
+    ]
     rows = []
     for name, (title, data) in EVALUATION.items():
         result, images = results[name], SETS[data]
         if result is None:
             command = f"`python benchmarks/evaluation.py --backbone RUN --data DATA --only {name}`"
-            rows.append(f"| {title} | {images} | {NOT_YET} | | | | {command} |")
+            rows.append(f"| {title} | {images} | {NOT_YET} | | | | | {command} |")
             continue
         columns = [
             title,
             images,
             f"`{result['value']}`",
             f"{result['percent']:.1f}",
+            f"{result['asked_percent']:.1f}",
             f"{result['chance_percent']:.1f}",
             f"{result['seconds']:.0f} s",
             link(f"evaluation-{name}"),

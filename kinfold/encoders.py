@@ -10,19 +10,16 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import timm
 import torch
-from pydantic import Field
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kinfold.errors import UserError
-from kinfold.settings import settings
-
-Count = Annotated[int, Field(ge=1)]
+from kinfold.settings import Count, settings
 
 
 @settings

@@ -23,12 +23,10 @@ from kinfold.memory import BankMemory, MemorySettings
 from kinfold.methods import InvP, MethodSettings
 from kinfold.optim import KeyMomentum, OptimizerSettings, RateSettings
 from kinfold.reading import assign, parse, read_text, read_yaml
-from kinfold.settings import settings
+from kinfold.settings import Count, settings
 from kinfold.views import PRESETS, Views
 
 RECIPES = Path(__file__).parent / "recipes"
-
-Count = Annotated[int, Field(ge=1)]
 
 
 @settings

@@ -8,12 +8,14 @@ to YAML 1.1) are removed where the YAML is read, in `kinfold.reading`.
 
 from __future__ import annotations
 
-from typing import TypeVar, dataclass_transform
+from typing import Annotated, TypeVar, dataclass_transform
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 T = TypeVar("T")
+Count = Annotated[int, Field(ge=1)]
+"""a number of things, at least one"""
 
 _CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
 

@@ -186,16 +186,20 @@ def features_of(
     network: nn.Module,
     source: Source,
     *,
-    size: int,
-    resize: int | None,
+    size: int | None = None,
+    resize: int | None = None,
     doing: str | None = None,
 ) -> tuple[Tensor, Positions]:
     """Give the features [n, F] of a source's images and their positions [n], made once and kept where a cache is.
 
-    `network` is `backbone`'s, or something made of it; the images look as the backbone wants them, at `size` and
-    `resize`. Several processes share the work and all get all. What is given may be a map of a file: take rows of it
-    rather than copies of all. Says which images do not decode.
+    `network` is `backbone`'s, or something made of it; the images look as the backbone wants them. `size` and `resize`
+    take the place of its own; without `size` the images decide about `resize`. Several processes share the work and
+    all get all. What is given may be a map of a file: take rows of it rather than copies of all. Says which images do
+    not decode.
     """
+    if size is None:
+        size = backbone.size
+        resize = resize_for(source, size, backbone.resize, channels=backbone.channels)
     look: dict[str, Any] = {
         "size": size,
         "resize": resize,

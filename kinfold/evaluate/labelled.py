@@ -18,7 +18,7 @@ from kinfold.data.written import same_images
 from kinfold.errors import UserError
 from kinfold.evaluate.backbones import FrozenBackbone
 from kinfold.evaluate.conditions import Conditions, tell
-from kinfold.evaluate.features import Positions, features_of, resize_for
+from kinfold.evaluate.features import Positions, features_of
 from kinfold.evaluate.protocol import Request
 from kinfold.evaluate.results import about_source
 
@@ -51,9 +51,6 @@ class Labelled(Conditions):
 
         `size` and `resize` take the place of the backbone's own; without `size` the images decide about `resize`.
         """
-        if size is None:
-            size = backbone.size
-            resize = resize_for(source, size, backbone.resize, channels=backbone.channels)
         return features_of(self, backbone, network, source, size=size, resize=resize, doing=doing)
 
 

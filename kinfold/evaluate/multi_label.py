@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +15,7 @@ from kinfold.data.sources import Source, Subset
 from kinfold.errors import UserError
 from kinfold.evaluate.backbones import FrozenBackbone
 from kinfold.evaluate.conditions import Conditions
-from kinfold.evaluate.features import Positions
-from kinfold.evaluate.labelled import Labelled
+from kinfold.evaluate.features import Positions, features_of
 from kinfold.evaluate.protocol import Request
 from kinfold.evaluate.results import about_source
 from kinfold.randomness import SPLIT, permutation
@@ -51,9 +49,7 @@ class MultiLabel(Conditions):
         doing: str | None = None,
     ) -> tuple[Tensor, Positions]:
         """Give the features [n, F] of a source's images and their positions [n], as `Labelled.features` does."""
-        same = {field.name: getattr(self, field.name) for field in dataclasses.fields(Conditions)}
-        labelled = Labelled(train=self.train, test=self.test, **same)
-        return labelled.features(backbone, network, source, size=size, resize=resize, doing=doing)
+        return features_of(self, backbone, network, source, size=size, resize=resize, doing=doing)
 
     def answerable(self, asked: voc.Presence) -> list[int]:
         """The classes that some of the images `asked` [q, C] show; others have no average precision, and are named.

@@ -29,10 +29,8 @@ from kinfold.evaluate.linear import Cosine, Steps, share_of_rate
 from kinfold.evaluate.linear.classifier import first_weights
 from kinfold.evaluate.resumable import Resumable
 from kinfold.randomness import STEP, seed_of
-from kinfold.settings import settings
+from kinfold.settings import Count, settings
 from kinfold.views import Augmentation, Positive, Views, expand_preset
-
-Count = Annotated[int, Field(ge=1)]
 
 
 class Diverged(UserError):

@@ -35,10 +35,9 @@ from kinfold.evaluate.multi_label import MultiLabel
 from kinfold.evaluate.resnet import parts
 from kinfold.evaluate.resumable import Resumable
 from kinfold.randomness import VIEW, uniforms
-from kinfold.settings import settings
+from kinfold.settings import Count, settings
 from kinfold.views import Augmentation, Positive, Views, expand_preset
 
-Count = Annotated[int, Field(ge=1)]
 _FLIP = 1  # the place of a test image's flip beside view 0 in its addresses
 
 

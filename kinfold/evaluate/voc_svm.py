@@ -25,10 +25,9 @@ from kinfold.evaluate.backbones import FrozenBackbone
 from kinfold.evaluate.features import bar
 from kinfold.evaluate.multi_label import MultiLabel
 from kinfold.randomness import SPLIT, STEP, permutation, seed_of
-from kinfold.settings import settings
+from kinfold.settings import Count, settings
 from kinfold.views import Positive
 
-Count = Annotated[int, Field(ge=1)]
 Features = NDArray[np.float64]
 _SHOTS, _FOLDS = 1, 2  # places of the two uses in a seed's splits
 

@@ -33,12 +33,11 @@ from kinfold.evaluate.conditions import Conditions
 from kinfold.evaluate.detection.detected import measure_detections
 from kinfold.evaluate.detection.detectors import RCNN, Detector, build_detector
 from kinfold.evaluate.features import bar, left_out
-from kinfold.evaluate.linear import Count
 from kinfold.evaluate.protocol import Request
 from kinfold.evaluate.results import about_source
 from kinfold.evaluate.resumable import Resumable
 from kinfold.randomness import SPLIT, STEP, permutation, seed_of
-from kinfold.settings import settings
+from kinfold.settings import Count, settings
 from kinfold.views import Positive, Probability
 
 

@@ -35,10 +35,9 @@ from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
 from kinfold.evaluate.backbones import FrozenBackbone
-from kinfold.evaluate.linear import Count
 from kinfold.evaluate.resnet import Parts, parts
 from kinfold.randomness import WEIGHTS, seed_of
-from kinfold.settings import settings
+from kinfold.settings import Count, settings
 from kinfold.views import Positive, Probability
 
 _PROBE = 512  # pixels: side of the image whose maps tell the strides; a multiple of every stride

@@ -28,10 +28,8 @@ from kinfold.evaluate.linear.batches import Asked, Augmented, Batches, Cached, K
 from kinfold.evaluate.linear.classifier import BatchNorm, Classifier, Init, first_weights, hits
 from kinfold.evaluate.linear.residual_blocks import BlockMaps, block_maps
 from kinfold.evaluate.resumable import Resumable
-from kinfold.settings import settings
+from kinfold.settings import Count, settings
 from kinfold.views import Augmentation, Positive, expand_preset
-
-Count = Annotated[int, Field(ge=1)]
 
 KEPT_BYTES = 8 * 2**30
 """features of test images are made at every look where they take more, if training images are read anew as well"""

@@ -17,12 +17,11 @@ from pydantic import Field
 from kinfold.errors import UserError
 from kinfold.evaluate.report.answers import Answer, Images
 from kinfold.reading import parse, read_text, read_yaml
-from kinfold.settings import settings
+from kinfold.settings import Count, settings
 
 FILE = Path(__file__).with_name("published.yaml")
 Provenance = Literal["verified", "third-party", "recalled", "inferred"]
 Text = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1)]
 
 MARKS: dict[str, str] = {"verified": "", "third-party": "†", "recalled": "‡", "inferred": "§"}
 LEGEND: dict[str, str] = {

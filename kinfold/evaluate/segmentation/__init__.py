@@ -23,9 +23,9 @@ from kinfold.evaluate.backbones import FrozenBackbone
 from kinfold.evaluate.features import frozen
 from kinfold.evaluate.resnet import Parts, parts
 from kinfold.evaluate.segmentation.masked import Masked, checked
-from kinfold.evaluate.segmentation.pixels import Count, PixelTraining, ask, fit, upsample
+from kinfold.evaluate.segmentation.pixels import PixelTraining, ask, fit, upsample
 from kinfold.randomness import WEIGHTS, seed_of
-from kinfold.settings import settings
+from kinfold.settings import Count, settings
 
 
 @final

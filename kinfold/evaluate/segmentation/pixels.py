@@ -28,10 +28,8 @@ from kinfold.evaluate.segmentation.confusion import Confusion, constant, values
 from kinfold.evaluate.segmentation.masked import Held, Masked
 from kinfold.evaluate.segmentation.picture import draw_segmentations
 from kinfold.randomness import ORDER, permutation
-from kinfold.settings import settings
+from kinfold.settings import Count, settings
 from kinfold.views import Positive
-
-Count = Annotated[int, Field(ge=1)]
 
 _SHOWN = 5  # images in the picture
 

@@ -28,12 +28,11 @@ from kinfold.evaluate.features import features_of
 from kinfold.evaluate.resumable import Resumable
 from kinfold.evaluate.transfer.logistic import Features, Metric, Probe, Truth, published_decays
 from kinfold.evaluate.transfer.sets import Collection, Split, TransferSet, open_transfer
-from kinfold.settings import settings
+from kinfold.settings import Count, settings
 from kinfold.views import Positive
 
 __all__ = ["Transfer", "open_transfer", "transfer"]
 
-Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
