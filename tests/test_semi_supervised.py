@@ -246,3 +246,13 @@ def test_the_rates_of_the_recipes_are_those_of_the_authors() -> None:
 def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SemiSupervised(**changes)
+
+
+def test_rates_are_not_chosen_by_classes_that_have_one_label() -> None:
+    said: list[str] = []
+    data = Labelled(train=Halves(60, 0), test=Halves(20, 1), say=said.append)
+    settings = dataclasses.replace(QUICK, share=0.01, epochs=1, backbone_rates=(0.02, 0.1))
+    values = semi_supervised(around(module()), data, settings)
+    assert values["labels"] == 4
+    assert not any(name.startswith("grid/") for name in values)
+    assert any("one labelled image" in text for text in said)

@@ -71,7 +71,14 @@ def semi_supervised(backbone: FrozenBackbone, data: Labelled, settings: SemiSupe
     )
     values: dict[str, float] = {"labels": float(len(few))}
     rate, factor = settings.backbone_rates[0], settings.head_factors[0]
-    if len(settings.backbone_rates) * len(settings.head_factors) > 1:
+    several = len(settings.backbone_rates) * len(settings.head_factors) > 1
+    # What is held out to choose by must leave every class something to learn from, and ask something of each.
+    if several and counts.min() < 2:
+        data.say(
+            f"Some classes have one labelled image, so none can be held out to choose by: the first of the rates, "
+            f"{rate:g} and {factor:g}, are taken. Name one of each, or give more labels."
+        )
+    elif several:
         grid = _grid(backbone, data, few, settings)
         values |= {f"grid/lr={r:g},x={f:g}": accuracy for (r, f), accuracy in grid.items()}
         rate, factor = max(grid, key=lambda cell: grid[cell])

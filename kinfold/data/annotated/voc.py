@@ -183,7 +183,8 @@ def find_devkits(data: str) -> list[Devkit]:
     below = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
     raise UserError(
         f"{path} is not in the VOC layout, a folder with JPEGImages, Annotations and ImageSets, or a VOCdevkit that "
-        f"holds some; it holds {below}."
+        f"holds some; it holds {below}. Detection reads COCO's layout too (annotations/instances_*.json), segmentation "
+        "and patches Cityscapes' (leftImg8bit, gtFine) and folders images and masks with equal names."
     )
 
 
