@@ -21,7 +21,7 @@ from test_processes import free_port
 from torch import nn
 from voc_layout import annotation, thing, write_devkit
 
-from kinfold import cli
+from kinfold import cli, cli_evaluate
 from kinfold.encoders import Backbone, build_backbone
 from kinfold.errors import UserError
 from kinfold.evaluate import PROTOCOLS, FrozenBackbone, Labelled, evaluate, load_protocol
@@ -72,7 +72,7 @@ def state_of(module: nn.Module) -> tuple[dict[str, torch.Tensor], list[bool]]:
 
 
 def test_the_command_names_the_protocols_of_the_package() -> None:
-    assert list(cli.PROTOCOLS) == list(PROTOCOLS)
+    assert list(cli_evaluate.PROTOCOLS) == list(PROTOCOLS)
     assert all((RECIPES / "evaluate" / name / "default.yaml").is_file() for name in PROTOCOLS)
 
 
