@@ -342,3 +342,12 @@ def test_a_cache_that_may_only_be_read_is_used(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "utime", refuse)
     labelled(source, tmp_path).features(frozen(network), network, source)
     assert network.calls == made
+
+
+@pytest.mark.parametrize("asked", ["abc", "-1", "nan", "inf"])
+def test_a_bound_that_is_no_number_is_refused(asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KINFOLD_FEATURES_GB", asked)
+    source, network = Subset(Digits(), np.arange(12)), Rows()
+    with pytest.raises(UserError, match=f"KINFOLD_FEATURES_GB is '{asked}'"):
+        labelled(source, tmp_path).features(frozen(network), network, source)
+    assert list(tmp_path.iterdir()) == []

@@ -120,6 +120,7 @@ class Writing:
     def begin(self, width: int) -> None:
         """Make room for features of `width` numbers. Raises `UserError` where the disk has none."""
         self._width, self._header = width, len(_header(self._images, width))
+        _bound()  # a number that is none is found before the work
         if distributed.is_main():
             try:
                 _remove_leftovers(self._folder)
@@ -215,12 +216,21 @@ def _header(count: int, width: int) -> bytes:
     return file.getvalue()
 
 
+def _bound() -> float:
+    """Bytes that are kept. Raises `UserError` where the environment asks for what is no such number."""
+    asked = os.environ.get("KINFOLD_FEATURES_GB", "").strip()
+    try:
+        bound = float(asked or BOUND_GB)
+    except ValueError:
+        bound = -1.0
+    if not 0.0 <= bound < float("inf"):
+        raise UserError(f"KINFOLD_FEATURES_GB is {asked!r}; it is how many GB of features are kept, for example 50.")
+    return bound * 1e9
+
+
 def _make_room(folder: Path, *, but: str) -> None:
     """Remove the sets that nobody used for longest until the rest is within the bound; `but` stays."""
-    try:
-        bound = float(os.environ.get("KINFOLD_FEATURES_GB", BOUND_GB)) * 1e9
-    except ValueError:
-        bound = BOUND_GB * 1e9
+    bound = _bound()
     sets: list[tuple[float, int, Path]] = []
     for place in folder.iterdir():
         try:

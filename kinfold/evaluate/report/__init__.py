@@ -110,8 +110,10 @@ def _write(made: Report, out: Path) -> list[Path]:
         _folder(out.parent)
         write_text(out, made.text(_ENDINGS[out.suffix]))
         return [out]
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out: {out} is a file. Give a folder, or a name that ends in {', '.join(_ENDINGS)}.")
+    if not out.is_dir() and (out.exists() or out.suffix):
+        raise UserError(
+            f"out: {out} is a file, or named like one. Give a folder, or a name that ends in {', '.join(_ENDINGS)}."
+        )
     pictures = draw(made.table)
     places = [out / name for name, _ in FORMATS.values()]
     for place in (*places, *(out / name for name in pictures)):
