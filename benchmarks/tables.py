@@ -219,7 +219,8 @@ def evaluation() -> list[str]:
         "Does every protocol of `kinfold evaluate` run from end to end on two cores, and is its figure better than "
         "chance? A small backbone and short schedules that are no paper's, per cent; the time is that of the whole "
         "command. Chance is 100 / classes for accuracies, the mean of random orders for the two VOC classifiers, "
-        "calling everything background for masks, and 0 for detection. The result files have all settings and values."
+        "calling everything background for masks, and 0 for detection; what is asked for is the margin that "
+        "the script states. The result files have all settings and values."
     )
     if found:
         places, backbones = (list(dict.fromkeys(each)) for each in zip(*((machine(r), r["backbone"]) for r in found)))

@@ -319,10 +319,11 @@ def test_a_result_file_becomes_a_row_with_mean_and_deviation(tmp_path: Path, mon
     assert "| 27.0 | 700 MB |" in made.overhead()[4]
     assert "No accelerator was at hand" in made.gpu()[0]
     assert all(NOT_YET in row for row in made.evaluation()[4:])
-    protocol = {"value": "mIoU", "percent": 12.34, "chance_percent": 3.5, "seconds": 99.7, "backbone": "resnet10_w32"}
+    protocol = {"value": "mIoU", "percent": 12.34, "chance_percent": 3.5, "asked_percent": 4.2, "seconds": 99.7}
+    protocol["backbone"] = "resnet10_w32"
     (tmp_path / "evaluation-patches.json").write_text(json.dumps({**protocol, **about}))
     assert "Measured on: A, 1 of 2 cores. Backbone: resnet10_w32." in made.evaluation()[0]
-    assert "| `mIoU` | 12.3 | 3.5 | 100 s | [evaluation-patches.json]" in made.evaluation()[-1]
+    assert "| `mIoU` | 12.3 | 4.2 | 3.5 | 100 s | [evaluation-patches.json]" in made.evaluation()[-1]
     assert sum(NOT_YET in row for row in made.evaluation()) == len(made.EVALUATION) - 1
     assert NOT_YET in made.features_memory()[-1]
     parts = {part: {"mb_own_at_most": 41.6, "seconds": 7.2} for part in made.PARTS}
@@ -390,3 +391,15 @@ def test_the_table_of_protocols_has_every_trial_of_the_benchmark(monkeypatch: py
 def test_every_protocol_has_a_command_and_its_values_on_the_pages() -> None:
     text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     assert all(f"\nkinfold evaluate {name} " in text and f"\n| `{name}` |" in text for name in PROTOCOLS)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda file: file.stem)
+def test_a_committed_result_names_no_folder_of_the_machine_that_made_it(file: Path) -> None:
+    assert not re.search(r"/(tmp|home|root|Users|var|mnt|work)/", file.read_text(encoding="utf-8"))
+
+
+def test_a_protocol_that_was_measured_reached_its_margin_in_five_minutes() -> None:
+    for file in (ROOT / "benchmarks" / "results").glob("evaluation-*.json"):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        assert found["percent"] >= found["asked_percent"] > found["chance_percent"], file.name
+        assert found["seconds"] < 300, file.name
