@@ -398,8 +398,7 @@ def test_a_committed_result_names_no_folder_of_the_machine_that_made_it(file: Pa
     assert not re.search(r"/(tmp|home|root|Users|var|mnt|work)/", file.read_text(encoding="utf-8"))
 
 
-def test_a_protocol_that_was_measured_reached_its_margin_in_five_minutes() -> None:
+def test_a_protocol_that_was_measured_reached_its_margin() -> None:
     for file in (ROOT / "benchmarks" / "results").glob("evaluation-*.json"):
         found = json.loads(file.read_text(encoding="utf-8"))
         assert found["percent"] >= found["asked_percent"] > found["chance_percent"], file.name
-        assert found["seconds"] < 300, file.name
