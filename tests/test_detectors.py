@@ -65,7 +65,9 @@ def test_a_detector_learns_to_find_what_it_is_shown_and_its_outline(head: str) -
     model = detector(head, masks=True, anchors=anchors).train()
     images, targets = scene()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    for _ in range(60):
+    for step in range(120):
+        if step == 80:  # so that where it ends does not hang on the last steps
+            optimizer.param_groups[0]["lr"] = 0.005
         loss = torch.stack(list(model(images, targets).values())).sum()
         optimizer.zero_grad()
         loss.backward()
