@@ -257,7 +257,7 @@ def _write(
                 batch_size=conditions.batch_size,
                 workers=conditions.workers,
                 device=conditions.device,
-                progress=doing if distributed.is_main() else None,
+                progress=doing,
                 bad=bad,
             )
             if len(share)

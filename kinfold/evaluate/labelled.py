@@ -9,16 +9,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from kinfold.data.decode import Undecodable
 from kinfold.data.sources import Source, open_source
 from kinfold.data.splits import NoSuchSplit
 from kinfold.data.written import same_images
 from kinfold.errors import UserError
-from kinfold.evaluate.backbones import FrozenBackbone
 from kinfold.evaluate.conditions import Conditions, tell
-from kinfold.evaluate.features import Positions, features_of
+from kinfold.evaluate.features import features_of
 from kinfold.evaluate.protocol import Request
 from kinfold.evaluate.results import about_source
 
@@ -37,21 +35,7 @@ class Labelled(Conditions):
         """Say which images they are, for the result file."""
         return {"train": about_source(self.train), "test": about_source(self.test)}
 
-    def features(
-        self,
-        backbone: FrozenBackbone,
-        network: nn.Module,
-        source: Source,
-        *,
-        size: int | None = None,
-        resize: int | None = None,
-        doing: str | None = None,
-    ) -> tuple[Tensor, Positions]:
-        """Give the features [n, F] of a source's images and their positions [n]; says which do not decode.
-
-        `size` and `resize` take the place of the backbone's own; without `size` the images decide about `resize`.
-        """
-        return features_of(self, backbone, network, source, size=size, resize=resize, doing=doing)
+    features = features_of
 
 
 def open_labelled(request: Request, settings: object, conditions: dict[str, Any]) -> Labelled:

@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
 
 from kinfold.data.annotated import voc
 from kinfold.data.sources import Source, Subset
 from kinfold.errors import UserError
-from kinfold.evaluate.backbones import FrozenBackbone
 from kinfold.evaluate.conditions import Conditions
-from kinfold.evaluate.features import Positions, features_of
+from kinfold.evaluate.features import features_of
 from kinfold.evaluate.protocol import Request
 from kinfold.evaluate.results import about_source
 from kinfold.randomness import SPLIT, permutation
@@ -38,18 +36,7 @@ class MultiLabel(Conditions):
         """Say which images they are, for the result file."""
         return {"train": about_source(self.train), "test": about_source(self.test), "classes": list(self.classes)}
 
-    def features(
-        self,
-        backbone: FrozenBackbone,
-        network: nn.Module,
-        source: Source,
-        *,
-        size: int | None = None,
-        resize: int | None = None,
-        doing: str | None = None,
-    ) -> tuple[Tensor, Positions]:
-        """Give the features [n, F] of a source's images and their positions [n], as `Labelled.features` does."""
-        return features_of(self, backbone, network, source, size=size, resize=resize, doing=doing)
+    features = features_of
 
     def answerable(self, asked: voc.Presence) -> list[int]:
         """The classes that some of the images `asked` [q, C] show; others have no average precision, and are named.

@@ -110,7 +110,7 @@ class Resumable:
         self._open.enter_context(self._interrupt)
         # On CUDA, sums in any order would make what is resumed another run.
         self._open.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True))
-        self._advance = self._open.enter_context(bar(self._doing if distributed.is_main() else None, self.steps))
+        self._advance = self._open.enter_context(bar(self._doing, self.steps))
         self._advance(self.step)
         return self
 

@@ -274,7 +274,7 @@ def renew_statistics(model: Detector, loader: SceneLoader, settings: Detection) 
     for norm in norms:
         norm.momentum = 1.0  # so that the running statistics are those of the last batch
     first, device = settings.iterations, str(model.get_buffer("mean").device)
-    with bar("batch norm's statistics" if distributed.is_main() else None, settings.precise_statistics) as advance:
+    with bar("batch norm's statistics", settings.precise_statistics) as advance:
         for number, batch in enumerate(loader.steps(first, first + settings.precise_statistics)):
             with _seeded(device, settings.seed, first + number):
                 model(batch.images, _on(batch.targets, device))

@@ -74,7 +74,7 @@ def measure_detections(
     bad: dict[int, str] = {}
     odd: dict[int, str] = {}
     work = Showing(scenes.source, short, longest, channels)
-    with bar("detections" if distributed.is_main() else None, len(tasks)) as advance, frozen(model):
+    with bar("detections", len(tasks)) as advance, frozen(model):
         for one in run(work, tasks, workers=conditions.workers):
             advance(1)
             if one.image is None:

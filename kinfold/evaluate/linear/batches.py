@@ -97,7 +97,7 @@ class Augmented:
     ) -> None:
         self.backbone, self.network, self.pad, self.seed = backbone, network, pad, seed
         self.labels = torch.from_numpy(labels).to(data.device)  # [N]
-        with bar("training images" if distributed.is_main() else None, len(train)) as advance:
+        with bar("training images", len(train)) as advance:
             self.loader = Loader(
                 train,
                 Views(augment=(augment,), pairs=((0, None),)),

@@ -78,7 +78,7 @@ def look(masks: Masks, data: Masked, *, channels: int, doing: str) -> Looked:
     tasks = [Task(0, some) for some in np.array_split(mine, max(1, len(mine) // 16))]
     pixels = np.zeros(len(masks.classes), np.int64)  # [C]
     faults: dict[int, str] = {}
-    with bar(doing if distributed.is_main() else None, len(tasks)) as advance:
+    with bar(doing, len(tasks)) as advance:
         for found in run(Looking(masks, channels), tasks, workers=data.workers):
             pixels += found.pixels
             faults |= found.faults

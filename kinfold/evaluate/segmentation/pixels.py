@@ -162,7 +162,7 @@ def ask(network: nn.Module, held: Held, data: Masked, backbone: FrozenBackbone) 
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
     confusion = Confusion(len(test.classes), device)
     tasks = [Task(0, np.array([position])) for position in mine]
-    with bar("test images" if distributed.is_main() else None, len(tasks)) as advance, frozen(network):
+    with bar("test images", len(tasks)) as advance, frozen(network):
         for number, (image, truth) in enumerate(run(Whole(test, backbone.channels), tasks, workers=data.workers)):
             logits = network(normalised(image[None].to(device), backbone))  # [1, C, H, W]
             predicted = logits[0].argmax(0)  # [H, W]
