@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,8 +25,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def circumstances() -> dict[str, Any]:
-    """Machine, versions, commit and time of a measurement."""
+def circumstances(*others: str) -> dict[str, Any]:
+    """Machine, versions (also of the packages `others`), commit and time of a measurement."""
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -35,6 +39,7 @@ def circumstances() -> dict[str, Any]:
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
             "kinfold": kinfold.__version__,
+            **{name: importlib.metadata.version(name) for name in others},
         },
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--", "kinfold")),
@@ -56,12 +61,48 @@ def without_folder(description: str, data: str) -> str:
     return description
 
 
-def write(name: str, result: dict[str, Any]) -> Path:
-    """Write a result with its circumstances to benchmarks/results/NAME.json."""
+def write(name: str, result: dict[str, Any], *, alternatives: Sequence[str] = ()) -> Path:
+    """Write a result with its circumstances to benchmarks/results/NAME.json, and the `alternatives`' versions."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({**result, **circumstances()}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({**result, **circumstances(*alternatives)}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
+
+
+def in_turns(
+    contenders: Mapping[str, Callable[[], object]], *, rounds: int = 5, warm_up: int = 1, per: float = 1.0
+) -> dict[str, Any]:
+    """Time contenders in turns, in one process: each round runs every one of them, in an order that moves on.
+
+    The first contender is ours. `per` divides the seconds, for example by the images of one call. Gives, for each
+    name, the median, least and greatest seconds with all single ones, and for each but the first `times_ours`: how many
+    times as long as ours it took, the median over the rounds, so that a machine that slows down for a while favours
+    nobody.
+    """
+    names = list(contenders)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(warm_up + rounds):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            began = time.perf_counter()
+            contenders[name]()
+            if turn >= warm_up:
+                seconds[name].append((time.perf_counter() - began) / per)
+    return summary(seconds)
+
+
+def summary(seconds: Mapping[str, list[float]]) -> dict[str, Any]:
+    """Medians and spread of each contender's seconds, a list with one entry a round; the first contender is ours."""
+    ours, *others = seconds
+    found: dict[str, Any] = {
+        name: {"median": statistics.median(all_), "least": min(all_), "greatest": max(all_), "all": all_}
+        for name, all_ in seconds.items()
+    }
+    for name in others:
+        ratios = [theirs / own for theirs, own in zip(seconds[name], seconds[ours], strict=True)]
+        found[name]["times_ours"] = statistics.median(ratios)
+        found[name]["times_ours_each"] = ratios
+    return found
 
 
 def _git(*words: str) -> str | None:
