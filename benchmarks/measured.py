@@ -65,7 +65,9 @@ def write(name: str, result: dict[str, Any], *, alternatives: Sequence[str] = ()
     """Write a result with its circumstances to benchmarks/results/NAME.json, and the `alternatives`' versions."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({**result, **circumstances(*alternatives)}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps({**result, **circumstances(*alternatives)}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     return path
 
 
