@@ -11,10 +11,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.autograd.function import once_differentiable
 
 
 def start(device: str) -> None:
@@ -60,6 +62,91 @@ def gather(part: Tensor) -> Tensor:
     parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(world())]
     dist.all_gather(parts, part.detach().contiguous())
     return torch.stack(parts, dim=1).flatten(0, 1)  # [B · ranks, ...]
+
+
+class _Gathered(torch.autograd.Function):
+    """`gather`, whose gradient adds up what all ranks made of a row and hands it to the rank that the row is from."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor) -> Tensor:
+        return gather(part)  # [B · ranks, ...]
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone(memory_format=torch.contiguous_format)  # [B · ranks, ...]
+        dist.all_reduce(total)
+        return local_part(total)  # [B, ...]
+
+
+def gather_with_gradient(part: Tensor) -> Tensor:
+    """Join the `[B, ...]` of all ranks to `[B · ranks, ...]` in global order; the identity in one process.
+
+    The gradient of a row is the sum of those that the ranks have for it. Every rank must go backward, in one order.
+    """
+    if world() == 1:
+        return part
+    joined: Tensor = _Gathered.apply(part)
+    return joined  # [B · ranks, ...]
+
+
+class _Dealt(torch.autograd.Function):
+    """`deal`; the gradient goes back the way that the values came."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor) -> Tensor:
+        return _exchange(whole.view(-1, world(), *whole.shape[1:]).transpose(0, 1))  # [ranks, B, ...]
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _exchange(gradient).transpose(0, 1).flatten(0, 1)  # [B · ranks, ...]
+
+
+def _exchange(parts: Tensor) -> Tensor:
+    """Send part r of `[ranks, ...]` to rank r, and return the parts that came, by sender."""
+    parts = parts.contiguous()
+    received = torch.empty_like(parts)
+    dist.all_to_all_single(received, parts)
+    return received
+
+
+def deal(whole: Tensor) -> Tensor:
+    """Give every rank what concerns its images: `[B · ranks, ...]` in global order, from each rank its own, becomes
+    `[ranks, B, ...]`, by the rank that it is from. Carries the gradient; every rank must go backward, in one order.
+    """
+    if world() == 1:
+        return whole[None]  # [1, B, ...]
+    dealt: Tensor = _Dealt.apply(whole)
+    return dealt  # [ranks, B, ...]
+
+
+def share(count: int, of: int | None = None) -> range:
+    """Which of `count` rows this rank holds (or rank `of`), where they are divided: consecutive, as even as can be."""
+    held_by = rank() if of is None else of
+    return range(count * held_by // world(), count * (held_by + 1) // world())
+
+
+@torch.no_grad()
+def join_rows(part: Tensor, count: int, *, block: int = 65536) -> Tensor | None:
+    """All `count` rows that the ranks hold by `share`, on the CPU of the main process; None in the others.
+
+    The rows travel in blocks, so that no device needs room for more than its own.
+    """
+    whole = part.new_empty((count, *part.shape[1:]), device="cpu") if is_main() else None  # [count, ...]
+    for owner in range(world()):
+        rows = share(count, owner)
+        for start in range(rows.start, rows.stop, block):
+            stop = min(start + block, rows.stop)
+            if owner == rank():
+                some = part[start - rows.start : stop - rows.start].contiguous()  # [<= block, ...]
+            else:
+                some = part.new_empty((stop - start, *part.shape[1:]))
+            if world() > 1:
+                dist.broadcast(some, src=owner)
+            if whole is not None:
+                whole[start:stop] = some
+    return whole
 
 
 def local_part(whole: Tensor) -> Tensor:

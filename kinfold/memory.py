@@ -4,7 +4,8 @@
 `Queue` keeps the most recent keys (MoCo and all that stand on it), or none but those of the batch itself; `Bank`
 keeps one key per image and joins the images to a graph of neighbours (InvP). `compare` only reads, `remember` only
 writes, after the optimiser's step. All state is buffers, so a state dict is everything. In several processes every
-rank remembers the gathered batch in one order, so the memories stay equal without being sent.
+rank remembers the gathered batch in one order, so the memories stay equal without being sent; the keys of a bank are
+divided, each rank remembering those of its share.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from kinfold import distributed
+from kinfold.bank import compare_with_rows, compare_with_shares, fresh_rows, last_of_each, move_rows_
 from kinfold.errors import UserError
+from kinfold.kernels.search import nearest_rows
 from kinfold.settings import settings
 
 Memo = tuple[Tensor, ...]
@@ -158,89 +160,65 @@ class Queue(Memory):
         self.next.copy_((self.next + total) % self.size)
 
 
-class _Picked(torch.autograd.Function):
-    """Similarities of queries with keys picked for each: `einsum("bd,bkd->bk", q, points[image])`.
-
-    Neither direction holds the picked keys `[B, K, D]` at once: at a batch of 256 with 4,181 of them that is half a
-    gigabyte, and fetching it takes longer than everything else in the loss.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, points: Tensor, image: Tensor) -> Tensor:
-        ctx.save_for_backward(points, image)
-        if len(points) <= 16 * image.shape[1]:  # a product with every key is less work than fetching the picked ones
-            return (q @ points.T).gather(1, image)  # [B, K]
-        parts = [
-            torch.einsum("bd,bkd->bk", some, points[rows])
-            for some, rows in zip(torch.split(q, 16), torch.split(image, 16))
-        ]
-        return torch.cat(parts)  # [B, K]
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        points, image = ctx.saved_tensors
-        # The sum of the picked keys, each with its gradient as weight.
-        bag = F.embedding_bag(image, points, per_sample_weights=gradient.contiguous(), mode="sum")  # [B, D]
-        return bag, None, None
-
-
 class Bank(Memory):
     """One key per image, moved a little each time its image is seen, and each image's nearest neighbours.
 
     Source: InvP's `objective.py` at cad924e (MemoryBank_v1). The rows start un-normalised with a length of about
     one, as there, and have length one from their first update on.
+
+    In several processes each holds the rows of its share only (`divided`; False keeps all of them on every rank, which
+    is the plain form), and `compare` and `state_dict` are for all of them together. The main process's state dict has
+    all rows, the others' their own; either can be loaded, so a run goes on in any number of processes. The graph stays
+    on every rank: 8 · N · k bytes are 41 MB for 1.28 million images with four neighbours, and a walk over a divided
+    graph would ask the other ranks once a step of the walk.
     """
 
     points: Tensor
     neighbours: Tensor
+    rows: range
+    """the images whose keys are here"""
 
-    def __init__(self, images: int, dimension: int, how: BankMemory) -> None:
+    def __init__(self, images: int, dimension: int, how: BankMemory, *, divided: bool = True) -> None:
         super().__init__()
         self.how = how
-        bound = (3.0 / dimension) ** 0.5
-        self.register_buffer("points", torch.empty(images, dimension).uniform_(-bound, bound))  # [N, D]
+        self.images = images
+        self.rows = distributed.share(images) if divided else range(images)
+        self.register_buffer("points", fresh_rows(images, dimension, self.rows))  # [N, D], or [share of N, D]
         # Until an image is seen its neighbours are image 0; propagation starts after that.
         self.register_buffer("neighbours", torch.zeros(images, how.neighbours, dtype=torch.int64))  # [N, k]
 
     def compare(self, q: Tensor, keys: Tensor | None, index: Tensor) -> tuple[Comparison, Memo]:
-        """Columns: the own key, the M nearest of the bank, the images reached by the walk."""
+        """Columns: the own key, the M nearest of the bank, the images reached by the walk.
+
+        One search serves the nearest keys and the new neighbours. Similarities are in the precision of the bank.
+        """
+        q = q.to(self.points.dtype)
+        everyone, asked = distributed.gather(index), distributed.gather_with_gradient(q)  # [B · ranks], [B · ranks, D]
         wanted = max(self.how.nearest, self.how.neighbours + 1)
-        found = self.search(q.detach(), wanted)  # [B, M]
-        nearest = found[:, : self.how.nearest]  # [B, M]
-        reached = self.walk(index)  # [B, P]
-        image = torch.cat([index[:, None], nearest, reached], dim=1)  # [B, 1 + M + P]
-        by_query: Tensor = _Picked.apply(q, self.points.to(q.dtype), image.clamp(min=0))  # [B, 1 + M + P]
+        if len(self.rows) < self.images:
+            named = torch.cat([everyone[:, None], self.walk(everyone)], dim=1)  # [B · ranks, 1 + P]
+            similarity, found, looked = compare_with_shares(
+                asked, self.points, named, wanted, rows=self.rows, total=self.images
+            )  # [B, M], [B, M], [B, 1 + P]
+            named = distributed.local_part(named)  # [B, 1 + P]
+        else:
+            named = torch.cat([index[:, None], self.walk(index)], dim=1)  # [B, 1 + P]
+            similarity, found, looked = compare_with_rows(q, self.points, named, wanted)  # [B, M], [B, M], [B, 1 + P]
+        count = min(self.how.nearest, found.shape[1])
         seen = Comparison(
-            by_query=by_query,
+            by_query=torch.cat([looked[:, :1], similarity[:, :count], looked[:, 1:]], dim=1),  # [B, 1 + M + P]
             own=torch.zeros(len(q), dtype=torch.int64, device=q.device),
-            image=image,
-            nearest=slice(1, 1 + nearest.shape[1]),
-            reached=slice(1 + nearest.shape[1], image.shape[1]),
+            image=torch.cat([named[:, :1], found[:, :count], named[:, 1:]], dim=1),  # [B, 1 + M + P]
+            nearest=slice(1, 1 + count),
+            reached=slice(1 + count, count + named.shape[1]),
         )
         fresh = self.without_self(found, index)  # [B, k]
-        return seen, (distributed.gather(index), distributed.gather(q.detach()), distributed.gather(fresh))
+        return seen, (everyone, asked.detach(), distributed.gather(fresh))
 
     @torch.no_grad()
-    def search(self, q: Tensor, count: int, *, block: int = 65536) -> Tensor:
-        """Images `[B, M]` of the `count` keys most similar to each query `[B, D]`, by falling similarity.
-
-        Goes over the bank in blocks of rows, so that memory is B · (block + M) however many images there are.
-        """
-        best_value = best_image = None
-        for start in range(0, len(self.points), block):
-            similarity = q @ self.points[start : start + block].to(q.dtype).T  # [B, block]
-            value, image = similarity.topk(min(count, similarity.shape[1]), dim=1)  # [B, <= M] each
-            image = image + start
-            if best_value is None or best_image is None:
-                best_value, best_image = value, image
-                continue
-            value, image = torch.cat([best_value, value], dim=1), torch.cat([best_image, image], dim=1)
-            best_value, order = value.topk(min(count, value.shape[1]), dim=1)
-            best_image = image.gather(1, order)
-        if best_image is None:
-            raise ValueError("The bank has no images.")
-        return best_image  # [B, M]
+    def search(self, q: Tensor, count: int) -> Tensor:
+        """Images `[B, M]` of the `count` keys held here that are most similar to each query, by falling similarity."""
+        return nearest_rows(q.to(self.points.dtype), self.points, count, first=self.rows.start)[1]
 
     def walk(self, index: Tensor) -> Tensor:
         """Images `[B, P]` met by going up to `steps` edges from the images `index` `[B]`, breadth first.
@@ -279,14 +257,22 @@ class Bank(Memory):
         An image that stands twice in a batch (a replaced unreadable one) keeps the later of the two.
         """
         for index, features, fresh in memos:
-            position = torch.arange(len(index), device=index.device)
-            last = torch.full((len(self.points),), -1, dtype=torch.int64, device=index.device)
-            last.scatter_reduce_(0, index, position, reduce="amax")
-            rows = last[index] == position
-            index, features, fresh = index[rows], features[rows].to(self.points.dtype), fresh[rows]
-            old = self.points[index]  # [B, D]
-            self.points[index] = F.normalize(torch.lerp(features, old, self.how.momentum), dim=1)
-            self.neighbours[index] = fresh
+            last = last_of_each(index)  # [B · ranks]
+            move_rows_(self.points, index, features[last], keep=self.how.momentum, first=self.rows.start)
+            self.neighbours[index] = fresh[last]
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if len(self.rows) < self.images:
+            whole = distributed.join_rows(self.points, self.images)  # [N, D] in the main process
+            if whole is not None:
+                destination[prefix + "points"] = whole
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        name = prefix + "points"
+        if name in state_dict and len(state_dict[name]) == self.images:
+            state_dict = {**state_dict, name: state_dict[name][self.rows.start : self.rows.stop]}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 def build_memory(how: QueueMemory | BatchMemory | BankMemory, *, images: int, dimension: int) -> Memory:
@@ -294,6 +280,11 @@ def build_memory(how: QueueMemory | BatchMemory | BankMemory, *, images: int, di
     if isinstance(how, BankMemory):
         if images < 2:
             raise UserError(f"memory: a bank compares images, but the set has {images}. Give at least two images.")
+        world = distributed.world()
+        if images < world:
+            raise UserError(
+                f"memory: {images} images cannot be divided over {world} processes; start {images} at most."
+            )
         return Bank(images, dimension, how)
     if isinstance(how, BatchMemory):
         return Queue(0, dimension, batch_keys=True)

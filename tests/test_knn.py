@@ -126,6 +126,15 @@ def test_rounds_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     torch.testing.assert_close(torch.cat([p.similarity for p in found]), torch.cat([p.similarity for p in expected]))
 
 
+def test_of_equally_near_images_the_first_are_neighbours_and_nobody_is_its_own() -> None:
+    bank = torch.ones(9, 3)
+    (near,) = nearest(bank, bank, k=3, exclude_self=True, bank_block=2)
+    first = [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]]
+    assert near.places.tolist() == first + [[0, 1, 2]] * 5
+    (near,) = nearest(bank, bank, k=3)
+    assert near.places.tolist() == [[0, 1, 2]] * 9
+
+
 def test_all_combinations_in_one_pass_are_those_of_one_at_a_time() -> None:
     generator = torch.Generator().manual_seed(3)
     bank = nn.functional.normalize(torch.randn(60, 5, generator=generator, dtype=torch.float64), dim=1)

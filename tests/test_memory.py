@@ -156,17 +156,12 @@ def test_one_step_meets_the_neighbours() -> None:
 
 
 @settings(max_examples=40)
-@given(
-    seed=graphs,
-    images=st.integers(1, 40),
-    count=st.integers(1, 45),
-    block=st.integers(1, 50),
-)
-def test_searching_in_blocks_finds_what_a_full_sort_finds(seed: int, images: int, count: int, block: int) -> None:
+@given(seed=graphs, images=st.integers(1, 40), count=st.integers(1, 45))
+def test_a_bank_is_searched_for_what_a_full_sort_finds(seed: int, images: int, count: int) -> None:
     torch.manual_seed(seed)
     bank = Bank(images, 5, BankMemory()).double()
     q = units(3, 5)
-    found = bank.search(q, count, block=block)
+    found = bank.search(q, count)
     for i in range(3):
         assert found[i].tolist() == oracles.most_similar(q[i].numpy(), bank.points.numpy(), count)
 
@@ -249,9 +244,9 @@ def test_a_banks_columns_are_the_images_it_names(repeats: bool) -> None:
     assert spans[2] == slice(7, 7 + 2 + 4)
 
 
-@pytest.mark.parametrize(("images", "picked"), [(12, 30), (400, 5)], ids=["by the whole product", "by fetching"])
-def test_picked_similarities_and_their_gradient_are_those_of_the_plain_form(images: int, picked: int) -> None:
-    bank = Bank(images, 4, BankMemory(nearest=picked, steps=2, neighbours=2)).double()
+@pytest.mark.parametrize(("images", "nearest"), [(12, 30), (400, 5)])
+def test_a_banks_similarities_and_their_gradient_are_those_of_the_plain_form(images: int, nearest: int) -> None:
+    bank = Bank(images, 4, BankMemory(nearest=nearest, steps=2, neighbours=2)).double()
     bank.neighbours.random_(0, images)
     raw = torch.randn(40, 4, dtype=torch.float64, requires_grad=True)
     index = torch.arange(40) % images

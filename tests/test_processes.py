@@ -30,16 +30,21 @@ from kinfold.recipe import Recipe
 from kinfold.training import Training, build_learner
 
 STEPS = 4
+IMAGES = 301  # no multiple of the processes, so that a bank's shares differ
 
 
-def train(rank: int, world: int, port: int, values: dict[str, Any], out: str) -> None:
-    """Take four steps in double precision as one rank of `world`, and leave the state in a file."""
+def join(rank: int, world: int, port: int) -> None:
+    """Become one rank of `world`."""
     torch.set_num_threads(1)
     if world > 1:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
         distributed.start("cpu")
+
+
+def in_double(rank: int, world: int, values: dict[str, Any], out: str) -> Training:
+    """A run in double precision that stands at the beginning of its third epoch."""
     recipe = parse(Recipe, values, source="test")
-    source = open_source("digits", limit=300)
+    source = open_source("digits", limit=IMAGES)
     loader = Loader(
         source,
         recipe.views,
@@ -54,7 +59,7 @@ def train(rank: int, world: int, port: int, values: dict[str, Any], out: str) ->
         drop_last=recipe.drop_last,
     )
     learner = build_learner(recipe, images=len(source)).double().train()
-    training = Training(
+    return Training(
         recipe=recipe,
         folder=Path(out),
         source=source,
@@ -64,11 +69,35 @@ def train(rank: int, world: int, port: int, values: dict[str, Any], out: str) ->
         device=torch.device("cpu"),
         step=2 * loader.steps_per_epoch,
     )
+
+
+def take(training: Training, steps: int) -> list[float]:
+    """Take the next steps of the third epoch; returns their losses."""
     losses = []
-    for _, batch in zip(range(STEPS), loader.epoch(2)):
+    for _, batch in zip(range(steps), training.loader.epoch(2, training.step % training.loader.steps_per_epoch)):
         terms = training.take_step(batch._replace(views=[view.double() for view in batch.views]), 2)
         losses.append(numbers(terms)["loss"])
-    torch.save({"state": learner.state_dict(), "losses": losses}, f"{out}/{world}-{rank}.pt")
+    return losses
+
+
+def train(rank: int, world: int, port: int, values: dict[str, Any], out: str) -> None:
+    """Take four steps as one rank of `world`, and leave the state in a file."""
+    join(rank, world, port)
+    training = in_double(rank, world, values, out)
+    losses = take(training, STEPS)
+    torch.save({"state": training.learner.state_dict(), "losses": losses}, f"{out}/{world}-{rank}.pt")
+    distributed.stop()
+
+
+def go_on(rank: int, world: int, port: int, values: dict[str, Any], out: str) -> None:
+    """Take two steps from the last checkpoint on, as one rank of `world`, and leave another."""
+    join(rank, world, port)
+    training = in_double(rank, world, values, out)
+    found = load_latest(Path(out))
+    if found is not None:
+        training.restore(found)
+    take(training, 2)
+    training.save()
     distributed.stop()
 
 
@@ -96,16 +125,19 @@ def both_ways(recipe: Recipe, tmp_path: Path) -> tuple[dict[str, Any], list[dict
 
 def assert_alike(recipe: Recipe, tmp_path: Path) -> None:
     one, pair = both_ways(recipe, tmp_path)
-    start = build_learner(recipe, images=300).double().state_dict()
+    start = build_learner(recipe, images=IMAGES).double().state_dict()
     moved = [name for name, value in one["state"].items() if not torch.equal(value, start[name])]
     assert any(name.startswith("encoder.backbone") for name in moved)
     assert any(name.startswith("memory.") for name in moved)
     for rank, other in enumerate(pair):
         assert other["losses"] == pytest.approx(one["losses"], rel=1e-9)
         for name, value in one["state"].items():
+            if rank and name == "memory.points":  # of a bank each rank holds its share, and the main process saves all
+                value = value[IMAGES // 2 :]
             torch.testing.assert_close(other["state"][name], value, rtol=1e-6, atol=1e-9, msg=f"{name} on rank {rank}")
     for name, value in pair[0]["state"].items():
-        assert torch.equal(value, pair[1]["state"][name]), f"{name} differs between the ranks"
+        mine = value[IMAGES // 2 :] if name == "memory.points" else value
+        assert torch.equal(mine, pair[1]["state"][name]), f"{name} differs between the ranks"
 
 
 @pytest.mark.parametrize("method", list(METHODS))
@@ -128,6 +160,44 @@ def test_other_memories_and_accumulation_train_the_same(name: str, changes: dict
     splits = {"batch_norm": {"query_splits": 2, "key_splits": 2}}
     symmetric = {"views": {**plain(tiny(name))["views"], "pairs": [[0, 1], [1, 0]]}}
     assert_alike(tiny(name, **{**splits, **symmetric, **changes, "epochs": 4}), tmp_path)
+
+
+def test_a_bank_of_sets_and_accumulation_train_the_same(tmp_path: Path) -> None:
+    # The nearest keys asked for are more than a share has.
+    changes = {
+        "method": {"name": "invp", "positives": 5, "start_epoch": 1, "sets": "paper"},
+        "memory": {"name": "bank", "nearest": 200, "repeats": False},
+        "drop_last": True,
+        "accumulate": 2,
+    }
+    values = plain(tiny("invp", batch_norm={"query_splits": 2}, epochs=4))
+    assert_alike(parse(Recipe, {**values, **changes}, source="test"), tmp_path)
+
+
+def test_a_run_with_a_bank_goes_on_in_another_number_of_processes(tmp_path: Path) -> None:
+    values = plain(tiny("invp", batch_norm={"query_splits": 2}, epochs=4))
+    states = []
+    for name, worlds in (("one", (1, 1, 1)), ("one, two and one", (1, 2, 1))):
+        folder = tmp_path / name
+        folder.mkdir()
+        for world in worlds:
+            if world == 1:
+                go_on(0, 1, 0, values, str(folder))
+                continue
+            port = free_port()
+            group = [processes.Process(target=go_on, args=(rank, 2, port, values, str(folder))) for rank in range(2)]
+            for process in group:
+                process.start()
+            for process in group:
+                process.join(120)
+                assert process.exitcode == 0
+        found = load_latest(folder)
+        assert found is not None
+        states.append(found.state)
+    assert states[1]["step"] == states[0]["step"]
+    assert len(states[0]["learner"]["memory.points"]) == IMAGES
+    for name, value in states[0]["learner"].items():
+        torch.testing.assert_close(states[1]["learner"][name], value, rtol=1e-6, atol=1e-9, msg=name)
 
 
 def test_a_step_in_parts_is_the_step_in_one(tmp_path: Path) -> None:

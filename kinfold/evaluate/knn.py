@@ -5,7 +5,7 @@
     score of class c = Σ exp(s / T)           over the neighbours of class c
 
 Source: Wu et al., CVPR 2018; the function `knn_predict` of MoCo's CIFAR-10 notebook (golden numbers), and InvP
-`main.py`. The similarities of a block of queries with a block of the bank exist at a time, never all of them.
+`main.py`. The nearest are found by `kinfold.kernels.search`, which never holds all similarities.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from kinfold.errors import UserError
 from kinfold.evaluate.backbones import FrozenBackbone, Layer
 from kinfold.evaluate.labelled import Labelled, labels_of
+from kinfold.kernels.search import Found, nearest_rows
 from kinfold.settings import settings
 
 # Below this, exp(1 / T) leaves float64.
@@ -170,10 +171,10 @@ def nearest(
     """Find the k rows of `bank` [N, F] with the largest cosine for each of `queries` [Q, F], in blocks.
 
     Both may be maps of files: rows are read, made unit vectors and moved to `device` (that of `queries` if not given)
-    block by block, and the bank is read once for every 65,536 queries. Memory is `block` x `bank_block` similarities
-    and `bank_block` rows at a time; if not given, the rows are of 128 MB, at most 65,536. With `exclude_self` row i of
-    the bank is query i and not among its neighbours. Raises `ValueError` where k is not in [1, N], or [1, N − 1]
-    without oneself.
+    block by block, and the bank is read once for every 65,536 queries. Memory is that of `bank_block` rows and of the
+    search among them (`nearest_rows`) at a time; if not given, the rows are of 128 MB, at most 65,536. With
+    `exclude_self` row i of the bank is query i and not among its neighbours. Of rows that are equally near the first
+    comes first. Raises `ValueError` where k is not in [1, N], or [1, N − 1] without oneself.
     """
     most = len(bank) - exclude_self
     if not 1 <= k <= most:
@@ -182,25 +183,20 @@ def nearest(
     rows = bank_block or min(1 << 16, max(1024, (1 << 25) // bank.shape[1]))
     for begin in range(0, len(queries), _ROUND):
         starts = range(begin, min(begin + _ROUND, len(queries)), block)
-        best: list[tuple[Tensor, Tensor] | None] = [None] * len(starts)  # similarity, places of each block
+        best: list[Found | None] = [None] * len(starts)  # similarity and places of each block of queries
         for first in range(0, len(bank), rows):
             part = F.normalize(bank[first : first + rows].to(where), dim=1)  # [n, F]
             for number, start in enumerate(starts):
                 some = F.normalize(queries[start : min(start + block, begin + _ROUND)].to(where), dim=1)  # [q, F]
-                found = some @ part.T  # [q, n]
-                if exclude_self:
-                    own = torch.arange(start, start + len(some), device=where) - first  # [q]
-                    here = torch.nonzero((own >= 0) & (own < len(part)))[:, 0]
-                    found[here, own[here]] = float("-inf")
-                similarity, columns = found.topk(min(k, len(part)), dim=1)  # [q, at most k]
-                places = columns + first
-                known = best[number]
-                if known is not None:  # the best of what was best so far and of this part
-                    similarity = torch.cat([known[0], similarity], dim=1)
-                    places = torch.cat([known[1], places], dim=1)
-                    similarity, order = similarity.topk(min(k, similarity.shape[1]), dim=1)
-                    places = places.gather(1, order)
-                best[number] = similarity, places
+                best[number] = nearest_rows(some, part, k + exclude_self, first=first, known=best[number])
         for start, one in zip(starts, best):
             assert one is not None  # the bank has a row
-            yield Neighbours(slice(start, start + len(one[0])), *one)
+            similarity, places = _without_self(*one, first=start) if exclude_self else one
+            yield Neighbours(slice(start, start + len(places)), similarity, places)
+
+
+def _without_self(similarity: Tensor, places: Tensor, *, first: int) -> Found:
+    """Leave out one of the neighbours [q, k + 1] of the queries from `first` on: oneself, or else the last."""
+    own = torch.arange(first, first + len(places), device=places.device)  # [q]
+    order = (places == own[:, None]).to(torch.uint8).argsort(dim=1, stable=True)[:, :-1]  # [q, k]
+    return similarity.gather(1, order), places.gather(1, order)
