@@ -39,6 +39,9 @@ class Images:
     """mean of each channel on [0, 1]; ImageNet's unless given"""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     """standard deviation of each channel on [0, 1]; ImageNet's unless given"""
+    scaled_decode: bool = False
+    """decode JPEGs at 1/2, 1/4 or 1/8 of their size where every view's crop keeps 1.5 times its pixels: faster for
+    large photos; pixels differ by about one level of 255 on average. For images that workers decode"""
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
@@ -139,12 +142,16 @@ class Run:
     """`auto` takes CUDA where there is one; `cpu`, `cuda`, `cuda:1`, `mps`"""
     workers: Annotated[int, Field(ge=0)] | None = None
     """processes that decode images; none for sets that live on the device, else one a core up to 16, if not given"""
+    decode: Literal["cpu", "device"] = "cpu"
+    """`device`: JPEGs are decoded by an NVIDIA device, for machines with few cores a device; its pixels are not those
+    of `cpu`, above all beside coloured edges, so the two do not train to the same bits"""
     resident: bool | None = None
     """keep the decoded set on the device; decided by its size if not given"""
-    compile: bool = False
-    """compile the encoders (torch.compile): slower to start, faster on a GPU"""
+    compile: Literal[False, True, "graphs"] = False
+    """compile the encoders (torch.compile): slower to start, then faster; `graphs` also replays them as CUDA graphs,
+    for small models on one GPU"""
     log_every: Count = 10
-    """steps between lines of metrics.jsonl"""
+    """steps between lines of metrics.jsonl; a GPU is waited for at these steps"""
     checkpoint_every: Count = 1
     """epochs between checkpoints"""
     checkpoint_steps: Count | None = None

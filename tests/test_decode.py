@@ -15,7 +15,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from kinfold.data.decode import PIXEL_LIMIT, Undecodable, decode
+from kinfold.data.decode import PIXEL_LIMIT, Undecodable, decode, look
 
 RNG = np.random.default_rng(0)
 # Smooth in large blocks, so that a lossy format keeps it; and unlike itself after any flip or turn.
@@ -265,16 +265,21 @@ def test_the_pages_or_bands_of_a_tiff_are_channels() -> None:
         decode(encoded(Image.fromarray(bands), "PNG"), 4)
 
 
-def test_a_draft_is_smaller_but_never_below_what_was_asked_for() -> None:
+def test_a_jpeg_is_looked_at_before_it_is_decoded_at_a_fraction_of_its_size() -> None:
     photo = Image.fromarray(BLOCKS).resize((1000, 750), Image.Resampling.BICUBIC)
     raw = encoded(photo, "JPEG", quality=90)
-    assert decode(raw, draft=188).shape == (375, 500, 3)
-    assert decode(raw, draft=187).shape == (188, 250, 3)
-    assert decode(raw, draft=751).shape == (750, 1000, 3)
+    seen = look(raw)
+    assert (seen.height, seen.width) == (750, 1000)
+    np.testing.assert_array_equal(seen.decode().pixels, decode(raw))
+    for shrink, shape in ((2, (375, 500, 3)), (4, (188, 250, 3)), (8, (94, 125, 3))):
+        assert look(raw).decode(shrink).pixels.shape == shape
+        assert look(raw, 1).decode(shrink).pixels.shape == (*shape[:2], 1)
     small = np.asarray(photo.resize((500, 375), Image.Resampling.BOX)).astype(int)
-    assert np.abs(decode(raw, draft=188) - small).mean() < 3
-    png = encoded(photo, "PNG")
-    np.testing.assert_array_equal(decode(png, draft=10), decode(png))
+    assert np.abs(look(raw).decode(2).pixels - small).mean() < 3
+    for other in (encoded(photo, "PNG"), np.asarray(photo)):
+        np.testing.assert_array_equal(look(other).decode(4).pixels, decode(other))
+    with pytest.raises(Undecodable, match="damaged"):
+        look(raw[: len(raw) // 2]).decode()
 
 
 def test_rubbish_says_what_it_is() -> None:

@@ -12,12 +12,17 @@ What is decided here, once:
 - The EXIF orientation is applied, so that the array is what a person sees.
 - Of an animation or a document with several pages, the first; for a channel count other than 1 and 3, the
   pages or bands of a TIFF are the channels.
+
+`decode` does all of it at once. `look` stops a JPEG after its header, so that a caller can choose from the size how
+small it is to be decoded.
 """
 
 from __future__ import annotations
 
 import io
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, final
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +45,8 @@ Pixels = npt.NDArray[np.uint8]
 Array = npt.NDArray[Any]
 
 _ORIENTATION = 0x0112  # the EXIF and TIFF tag
+_ROWS_BACKWARDS = (3, 4, 7, 8)
+_COLUMNS_BACKWARDS = (2, 3, 6, 7)
 _BITS_PER_SAMPLE = 258  # the TIFF tag
 _TRANSPARENT = frozenset({"RGBA", "LA", "PA", "RGBa", "La"})
 
@@ -69,22 +76,97 @@ class Undecodable(Exception):
         self.reason = reason
 
 
-def decode(raw: bytes | Array, channels: int = 3, *, draft: int | None = None) -> Pixels:
+def decode(raw: bytes | Array, channels: int = 3) -> Pixels:
     """Decode an encoded image, the bytes of an `.npy` file, or an array [H, W] or [H, W, C], to [H, W,
     channels].
 
     The result is contiguous, writable and the caller's own. One channel is luma (ITU-R 601); one channel
     becomes three by repetition; every other channel count must be what the array or the TIFF holds.
 
-    `draft` lets a JPEG be decoded at 1/2, 1/4 or 1/8 of its size as long as the short side keeps at least
-    `draft` pixels: several times faster for photos, and not exactly the same pixels. None decodes in full.
-
     Raises `Undecodable` for everything that is wrong with the image, and no other exception.
     """
-    try:
+    with _reasons():
         if isinstance(raw, np.ndarray):
             return _fit(_eight_bits(_three_axes(raw)), channels)
-        return _decode_bytes(raw, channels, draft)
+        return _decode_bytes(raw, channels)
+
+
+class Reduced(NamedTuple):
+    """A decoded image, perhaps at a fraction of its size."""
+
+    pixels: Pixels
+    """[H', W', C]: pixel k covers pixels `shrink` x k to `shrink` x (k + 1) of the full image, counted from `corner`"""
+    shrink: int = 1
+    """1, 2, 4 or 8"""
+    corner: tuple[float, float] = (0.0, 0.0)
+    """where the full image's upper left corner lies in `pixels`, down and right: off zero where an image of a size
+    that `shrink` does not divide was turned"""
+
+
+@final
+class Whole:
+    """An image that is decoded already."""
+
+    def __init__(self, pixels: Pixels) -> None:
+        self.pixels = pixels
+        self.height, self.width = pixels.shape[:2]
+
+    def decode(self, shrink: int = 1) -> Reduced:
+        """Give the pixels in full, whatever `shrink` is."""
+        return Reduced(self.pixels)
+
+
+@final
+class Jpeg:
+    """A JPEG whose header is read: `height` and `width` are those of the upright image, no pixel is decoded."""
+
+    def __init__(self, file: bytes, image: JpegImagePlugin.JpegImageFile, channels: int) -> None:
+        self.file, self._image, self._channels = file, image, channels
+        self.orientation = _orientation(image)
+        sides = (image.height, image.width)
+        self.height, self.width = sides[::-1] if self.orientation >= 5 else sides
+
+    @property
+    def plain(self) -> bool:
+        """Whether any decoder makes the same RGB of it: grey or YCbCr, to the end, and colour is asked for."""
+        usual = self._image.mode == "L" or (self._image.mode == "RGB" and self._image.info.get("adobe_transform", 1))
+        return bool(usual) and self._channels == 3 and b"\xff\xd9" in self.file[-64:]
+
+    def decode(self, shrink: int = 1) -> Reduced:
+        """Decode, once, at 1/`shrink` of the size (1, 2, 4 or 8): each side is divided and rounded up.
+
+        The inverse transform of JPEG's 8 x 8 blocks gives 8/`shrink` pixels a side, which is close to the mean over
+        `shrink` x `shrink` pixels. Raises `Undecodable`.
+        """
+        image = self._image
+        with _reasons():
+            if shrink > 1:
+                image.draft(None, (image.width // shrink, image.height // shrink))
+            image.load()
+            pixels = _upright(_colours(image, self._channels), self.orientation)
+        over = [(-side % shrink) / shrink for side in (self.height, self.width)]
+        top = over[0] if self.orientation in _ROWS_BACKWARDS else 0.0
+        left = over[1] if self.orientation in _COLUMNS_BACKWARDS else 0.0
+        return Reduced(pixels, shrink, (top, left))
+
+
+def look(raw: bytes | Array, channels: int = 3) -> Jpeg | Whole:
+    """Read a JPEG's header only, and decode everything else: what `decode` gives, in two parts.
+
+    Raises `Undecodable`; a JPEG damaged behind its header raises it when it is decoded.
+    """
+    if channels in (1, 3) and isinstance(raw, bytes):
+        with _reasons():
+            if raw.startswith(b"\xff\xd8\xff") and isinstance(image := _open(raw), JpegImagePlugin.JpegImageFile):
+                return Jpeg(raw, image, channels)
+    return Whole(decode(raw, channels))
+
+
+@contextmanager
+def _reasons() -> Iterator[None]:
+    """Turn whatever goes wrong with an image into `Undecodable`."""
+    try:
+        yield
     except Undecodable:
         raise
     except MemoryError:
@@ -94,14 +176,12 @@ def decode(raw: bytes | Array, channels: int = 3, *, draft: int | None = None) -
         raise Undecodable(f"it is damaged: {reason}") from error
 
 
-def _decode_bytes(raw: bytes, channels: int, draft: int | None) -> Pixels:
+def _decode_bytes(raw: bytes, channels: int) -> Pixels:
     if raw[:6] == b"\x93NUMPY":
         return _fit(_eight_bits(_three_axes(_npy(raw))), channels)
     image = _open(raw)
     if channels not in (1, 3):
         return _bands(image, channels)
-    if draft is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
-        image.draft(None, (draft, draft))
     image.load()
     mode = image.mode
     if mode.startswith("I") or mode == "F":
@@ -212,9 +292,9 @@ def _upright(pixels: Pixels, orientation: int) -> Pixels:
         return pixels
     if orientation >= 5:
         pixels = pixels.transpose(1, 0, 2)
-    if orientation in (3, 4, 7, 8):
+    if orientation in _ROWS_BACKWARDS:
         pixels = pixels[::-1]
-    if orientation in (2, 3, 6, 7):
+    if orientation in _COLUMNS_BACKWARDS:
         pixels = pixels[:, ::-1]
     return np.ascontiguousarray(pixels)
 

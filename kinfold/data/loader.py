@@ -2,14 +2,13 @@
 """Batches of augmented views: any step of any epoch, the same for any number of workers and processes.
 
 Which images a step holds and what their views look like are functions of (seed, epoch, step), so there is no
-state to save; see `kinfold.randomness`. There are two ways to the same views:
+state to save; see `kinfold.randomness`. There are two ways to the same views, equal to the bit on one device:
 
-- resident: a small set of equal images is decoded once and stays on the device as uint8; each step crops it
-there; - by workers: each step's images are decoded and cropped to uint8 in worker processes.
+- resident: a small set of equal images is decoded once and stays on the device as uint8; each step cuts its crops
+  there (`kinfold.data.resident`);
+- by workers: each step's images are decoded and cropped to uint8 in worker processes.
 
-Colour, blur, flip and normalisation happen on the device for the whole batch in both. The two ways differ by
-the rounding of the workers' crops to whole levels, so which is taken depends on the data and the setting
-alone, never on the machine.
+Colour, blur, flip and normalisation happen on the device for the whole batch in both.
 """
 
 from __future__ import annotations
@@ -17,27 +16,25 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kinfold.data.augment import Drawn, draw, photometric
-from kinfold.data.crop import crop_resize_batch
+from kinfold.data.cutting import Cut, Cutting, scalable
 from kinfold.data.decode import Undecodable
+from kinfold.data.device_decode import DeviceDecode, nvjpeg
+from kinfold.data.finish import finish
+from kinfold.data.resident import Asked, open_resident, readable, resident_views
 from kinfold.data.sources import Source
-from kinfold.data.work import CentreCropping, Cut, Cutting, Decoding, Task, no_readable_image, read, run, stand_ins
+from kinfold.data.transfer import Transfer
+from kinfold.data.work import CentreCropping, Task, no_readable_image, read, run
 from kinfold.errors import UserError
 from kinfold.randomness import ORDER, permutation
 from kinfold.views import Views
-
-RESIDENT_BYTES = 2 * 2**30
-"""a decoded set up to this size stays on the device"""
-_LOOKED_AT = 64  # images that decide whether all may be of one size
-_DECODED_AT_ONCE = 256
 
 
 class Batch(NamedTuple):
@@ -57,7 +54,10 @@ class Loader:
     divided evenly over the processes, unless it would give them one image each: batch norm has no use for
     that. `accumulate` says in how many equal parts the caller will split each batch; the batches are
     whole. `resident` None lets the data decide. `progress(count)` is called for every `count` images
-    while a resident set is decoded.
+    while a resident set is decoded. Workers go on from one epoch to the next up to the `epochs`-th, so that the first
+    batches of the next are there when it begins; 0 starts new ones for each. `scaled_decode` is that of
+    `kinfold.recipe.Images`, `decode` that of `kinfold.recipe.Run`, `compiled` that of
+    `kinfold.data.finish.finish`.
 
     Raises: `UserError` where the source holds fewer images than a batch, where the batch does not divide over
     processes and parts, where `resident=True` and the images differ in size; and, once batches are made,
@@ -66,6 +66,8 @@ class Loader:
 
     bad: dict[int, str]
     """images that did not decode, seen so far by this process: position -> reason"""
+    remarks: list[str]
+    """what a person should know of how the images were opened, a sentence each"""
     waiting: float
     """seconds spent waiting for images since the last `reset_waiting`"""
     resident: bool
@@ -92,6 +94,10 @@ class Loader:
         drop_last: bool = True,
         accumulate: int = 1,
         prefetch: int = 2,
+        epochs: int = 0,
+        scaled_decode: bool = False,
+        decode: Literal["cpu", "device"] = "cpu",
+        compiled: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> None:
         count = len(source)
@@ -122,10 +128,46 @@ class Loader:
         self.steps_per_epoch = math.ceil(self._used / batch_size)
         if self.steps_per_epoch == 0:
             raise UserError(f"{source.description}: too few for a batch over {world} process(es). Add images.")
-        self.bad = {}
+        on_device = decode == "device"
+        self._work = Cutting(source, views, channels, seed, scaled=scaled_decode, leave_jpegs=on_device)
+        self._on_device: DeviceDecode | None = None
+        if on_device:
+            if scaled_decode:
+                raise UserError(
+                    "decode=device decodes in full, and images.scaled_decode=true asks for less. Set "
+                    "images.scaled_decode=false or decode=cpu."
+                )
+            self._on_device = DeviceDecode(self._work, self._device, nvjpeg(self._device))
+        self._transfer = Transfer(self._device)
+        self._compiled = compiled
+        self._epochs = epochs
+        self._ahead: tuple[int, Generator[Cut, None, None]] | None = None
+        self.bad, self.remarks = {}, []
         self.waiting = 0.0
-        self._pixels = self._decode_all(resident, progress)
+        if scaled_decode and resident is not False and scalable(source, views, channels):
+            if resident:
+                raise UserError(
+                    "images.scaled_decode=true decodes photos as large as these at a fraction of their size at each "
+                    "step, and resident=true would keep them whole. Set images.scaled_decode=false, or leave resident "
+                    "out."
+                )
+            resident = False
+        self._pixels = open_resident(
+            Asked(
+                source=source,
+                channels=channels,
+                device=self._device,
+                wanted=resident,
+                workers=workers,
+                prefetch=prefetch,
+                world=world,
+                progress=progress,
+                say=self.remarks.append,
+            )
+        )
         self.resident = self._pixels is not None
+        if self._pixels is not None:
+            self.bad.update(self._pixels.bad)
         self.workers = 0 if self.resident else workers
 
     def reset_waiting(self) -> None:
@@ -136,91 +178,63 @@ class Loader:
         """Give the batches of an epoch from `start_step` on; all are as they are in the whole epoch."""
         if not 0 <= start_step <= self.steps_per_epoch:
             raise ValueError(f"start_step: 0 to {self.steps_per_epoch}, but got {start_step}")
-        tasks = self._tasks(epoch)[start_step:]
         if self._pixels is not None:
-            for task in tasks:
-                yield self._from_resident(self._pixels, task)
+            for task in self._tasks(epoch)[start_step:]:
+                yield self._from_resident(self._pixels.images, task)
             return
-        work = Cutting(self._source, self._views, self._channels, self._seed)
-        cuts = run(work, tasks, workers=self._workers, prefetch=self._prefetch, pin=self._device.type == "cuda")
-        while True:
+        cuts = self._cuts(epoch, start_step)
+        for _ in range(start_step, self.steps_per_epoch):
             began = time.perf_counter()
-            cut = next(cuts, None)
+            cut = next(cuts)
             self.waiting += time.perf_counter() - began
-            if cut is None:
-                return
+            if self._on_device is not None:
+                cut = self._on_device(cut, epoch)
             self.bad.update(cut.bad)
-            yield _finish(cut, self._views, self._mean, self._std, self._device)
+            yield _finish(cut, self._mean, self._std, self._transfer, compiled=self._compiled)
+        # Only an epoch that was read to its end leaves its workers to the next one: they have begun with it.
+        if epoch + 1 < self._epochs:
+            self._ahead = epoch + 1, cuts
+        else:
+            cuts.close()
+
+    def close(self) -> None:
+        """End the workers that have begun with the next epoch, if there are any; an epoch asked for starts others."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead[1].close()
+
+    def _cuts(self, epoch: int, start_step: int) -> Generator[Cut, None, None]:
+        """What the workers make of the epoch from `start_step` on, then of all that follow."""
+        if self._ahead is not None and self._ahead[0] == epoch and start_step == 0:
+            (_, cuts), self._ahead = self._ahead, None
+            return cuts
+        self.close()
+        epochs = range(epoch, max(epoch + 1, self._epochs))
+        tasks = itertools.chain.from_iterable(self._tasks(e)[start_step if e == epoch else 0 :] for e in epochs)
+        on_cuda = self._device.type == "cuda"
+        return run(self._work, tasks, workers=self._workers, prefetch=self._prefetch, pin=on_cuda)
 
     def _tasks(self, epoch: int) -> list[Task]:
         order = permutation(ORDER, self._seed, epoch, n=len(self._source))[: self._used]  # [used]
         starts = range(0, self._used, self._batch_size)
         return [Task(epoch, order[s : s + self._batch_size][self._rank :: self._world].copy()) for s in starts]
 
-    def _decode_all(self, wanted: bool | None, progress: Callable[[int], None] | None) -> Tensor | None:
-        """Decode the whole set to uint8 [N, C, H, W] on the device, or None where it is to be read step by step."""
-        if wanted is False:
-            return None
-        count = len(self._source)
-        size = self._common_size(wanted is True)
-        if size is None:
-            return None
-        pixels = torch.empty(count, self._channels, *size, dtype=torch.uint8)  # [N, C, H, W]
-        blocks = [Task(0, np.arange(s, min(s + _DECODED_AT_ONCE, count))) for s in range(0, count, _DECODED_AT_ONCE)]
-        for block in run(
-            Decoding(self._source, self._channels, size), blocks, workers=self._workers, prefetch=self._prefetch
-        ):
-            if block.other_size is not None:
-                if wanted:
-                    raise UserError(_sizes_differ(self._source, block.other_size))
-                self.bad.clear()
-                return None
-            first, last = int(block.positions[0]), int(block.positions[-1]) + 1
-            pixels[first:last] = block.pixels
-            self.bad.update(block.bad)
-            if progress is not None:
-                progress(last - first)
-        if len(self.bad) == count:
-            raise UserError(no_readable_image(self._source, self.bad))
-        return pixels.to(self._device)  # [N, C, H, W]
-
-    def _common_size(self, wanted: bool) -> tuple[int, int] | None:
-        """Height and width of the first images where they agree and the set is small, or the first's where wanted."""
-        size: tuple[int, int] | None = None
-        for position in range(len(self._source)):
-            if size is not None and (wanted or position >= _LOOKED_AT):
-                break
-            try:
-                height, width, _ = read(self._source, position, self._channels).shape
-            except Undecodable:
-                if not wanted and position >= _LOOKED_AT:
-                    return None
-                continue
-            if wanted:
-                return height, width
-            if size not in (None, (height, width)):
-                return None
-            size = height, width
-            if len(self._source) * self._channels * height * width > RESIDENT_BYTES:
-                return None
-        return size
-
-    def _from_resident(self, pixels: Tensor, task: Task) -> Batch:
-        """Crop and change a step's images on the device."""
+    def _from_resident(self, images: Tensor, task: Task) -> Batch:
+        """Cut and change a step's images on the device."""
         if self.bad:
-            stood = [self._readable(int(position), task.epoch) for position in task.positions]
-            task = Task(task.epoch, np.array(stood, dtype=np.int64))
-        return _crop_and_finish(
-            pixels, task.positions, task, self._views, self._seed, self._mean, self._std, self._device
+            shown = readable(task.positions.tolist(), self.bad, self._source, seed=self._seed, epoch=task.epoch)
+            task = Task(task.epoch, np.array(shown, dtype=np.int64))
+        made = resident_views(
+            images,
+            task.positions,
+            task,
+            self._views,
+            seed=self._seed,
+            mean=self._mean,
+            std=self._std,
+            compiled=self._compiled,
         )
-
-    def _readable(self, position: int, epoch: int) -> int:
-        """The image that is shown at `position`: itself, or the first stand-in that decoded."""
-        candidates = stand_ins(position, seed=self._seed, epoch=epoch, count=len(self._source))
-        for candidate in itertools.chain([position], candidates):
-            if candidate not in self.bad:
-                return candidate
-        raise UserError(no_readable_image(self._source, self.bad))
+        return Batch(made, torch.from_numpy(task.positions).to(self._device, non_blocking=True))
 
 
 def views_of(
@@ -233,26 +247,21 @@ def views_of(
     channels: int,
     mean: Sequence[float],
     std: Sequence[float],
-    resident: bool = False,
+    scaled_decode: bool = False,
     device: str | torch.device = "cpu",
 ) -> list[Tensor]:
     """Make one image's views again, as the loader made them in that epoch: one [C, S, S] per view.
 
-    `resident` is that of the loader.
+    `scaled_decode` is that of the loader.
 
     Raises: `UserError` where the image does not decode.
     """
     try:
-        image = read(source, position, channels)
+        read(source, position, channels)
     except Undecodable as error:
         raise UserError(f"{source.name(position)} has no views: {error.reason}.") from error
-    task = Task(epoch, np.array([position]))
-    where = torch.device(device)
-    if resident:
-        pixels = torch.from_numpy(image).permute(2, 0, 1)[None].to(where)  # [1, C, H, W]
-        batch = _crop_and_finish(pixels, np.zeros(1, dtype=np.int64), task, views, seed, mean, std, where)
-    else:
-        batch = _finish(Cutting(source, views, channels, seed)(task), views, mean, std, where)
+    cut = Cutting(source, views, channels, seed, scaled=scaled_decode)(Task(epoch, np.array([position])))
+    batch = _finish(cut, mean, std, Transfer(torch.device(device)))
     return [view[0] for view in batch.views]
 
 
@@ -296,47 +305,9 @@ def evaluation_batches(
         raise UserError(no_readable_image(source, reasons))
 
 
-def _finish(cut: Cut, views: Views, mean: Sequence[float], std: Sequence[float], device: torch.device) -> Batch:
-    """Turn the workers' crops into views on the device."""
-    made = []
-    for crops, drawn, augmentation in zip(cut.crops, cut.drawn, views.augment):
-        images = crops.to(device, non_blocking=True).to(torch.float32).div_(255.0)  # [B, C, S, S]
-        made.append(photometric(images, drawn, augmentation, mean, std))
-    return Batch(made, cut.index.to(device, non_blocking=True))
-
-
-def _crop_and_finish(
-    pixels: Tensor,
-    rows: NDArray[np.int64],
-    task: Task,
-    views: Views,
-    seed: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    device: torch.device,
+def _finish(
+    cut: Cut, mean: Sequence[float], std: Sequence[float], transfer: Transfer, *, compiled: bool = False
 ) -> Batch:
-    """Make the views of images `task.positions`, which are `rows` of `pixels` [N, C, H, W], on the device."""
-    height, width = np.full(len(rows), pixels.shape[2]), np.full(len(rows), pixels.shape[3])
-    where = torch.from_numpy(rows).to(device, non_blocking=True)  # [B]
-    made = []
-    for view, augmentation in enumerate(views.augment):
-        drawn: Drawn = draw(
-            augmentation,
-            seed=seed,
-            epoch=task.epoch,
-            image=task.positions,
-            view=view,
-            height=height,
-            width=width,
-        )
-        boxes = torch.from_numpy(drawn.box).to(device, non_blocking=True)  # [B, 4]
-        images = crop_resize_batch(pixels, where, boxes, augmentation.size)  # [B, C, S, S]
-        made.append(photometric(images, drawn, augmentation, mean, std))
-    return Batch(made, torch.from_numpy(task.positions).to(device, non_blocking=True))
-
-
-def _sizes_differ(source: Source, position: int) -> str:
-    return (
-        f"resident is true, but {source.name(position)} is not of the same size as the first image. Make all images "
-        f"one size, or leave resident out."
-    )
+    """Turn the workers' crops into views on the device."""
+    *crops, index = transfer([*cut.crops, cut.index])  # views of [B, C, S, S], [B]
+    return Batch(finish(crops, cut.drawn, mean, std, compiled=compiled), index)

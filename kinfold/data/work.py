@@ -1,17 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loader's work in processes: decoding, cutting crops, centre crops; one task in, one result out.
+"""Work in processes: decoding, centre crops, and in `kinfold.data.cutting` crops; one task in, one result out.
 
 A task is a whole batch of positions, so a result does not depend on how many workers there are. With no
 workers the same objects do the same in the process itself. A worker never raises for what is wrong with the
 data: it returns what happened, and `run` raises it where a person sees it without a worker's traceback.
+
+A worker writes pixels to memory that it shares with the main process and uses over again (`pixel_memory`), so they
+are not copied on the way, and no page of memory is asked for twice.
 """
 
 from __future__ import annotations
 
+import atexit
+import math
 import signal
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Generic, NamedTuple, Protocol, TypeVar
+import threading
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -19,20 +27,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from kinfold.data.augment import Drawn, draw
-from kinfold.data.crop import centre_crop, crop_resize
+from kinfold.data.crop import centre_crop
 from kinfold.data.decode import Undecodable, decode
 from kinfold.data.sources import Source
 from kinfold.errors import UserError
 from kinfold.randomness import REPLACE, integers
-from kinfold.views import Views
 
 STAND_INS = 100
 """how many other images are tried in place of one that does not decode"""
-_HELD = 16  # decoded images a worker holds at a time: a large photo is 36 MB
 
 R = TypeVar("R", covariant=True)
 S = TypeVar("S")
+T = TypeVar("T")
 
 
 class Task(NamedTuple):
@@ -49,26 +55,8 @@ class Work(Protocol[R]):
 
 
 @dataclass(frozen=True)
-class Cut:
-    """A batch's crops from a worker."""
-
-    crops: list[Tensor]
-    """one uint8 [B, C, S, S] per view"""
-    drawn: list[Drawn]
-    """the numbers of each view"""
-    index: Tensor
-    """int64 [B]: the positions shown, stand-ins for those that did not decode"""
-    bad: dict[int, str]
-    """position -> reason"""
-
-    def pin_memory(self) -> Cut:
-        """Copy the tensors to memory from which a GPU copies while the CPU goes on."""
-        return replace(self, crops=[crop.pin_memory() for crop in self.crops], index=self.index.pin_memory())
-
-
-@dataclass(frozen=True)
 class Block:
-    """Decoded images, whole or centre-cropped."""
+    """Decoded images, centre-cropped."""
 
     positions: NDArray[np.int64]
     """[n], of the images in `pixels`"""
@@ -76,8 +64,6 @@ class Block:
     """uint8 [n, C, H, W]"""
     bad: dict[int, str]
     """position -> reason"""
-    other_size: int | None = None
-    """position of an image that is not of the size expected"""
 
     def pin_memory(self) -> Block:
         """Copy the pixels to memory from which a GPU copies while the CPU goes on."""
@@ -89,8 +75,16 @@ def read(source: Source, position: int, channels: int) -> NDArray[np.uint8]:
 
     Raises: `Undecodable`, also where the file cannot be read.
     """
+    return read_with(decode, source, position, channels)
+
+
+def read_with(open_: Callable[[bytes | NDArray[Any], int], T], source: Source, position: int, channels: int) -> T:
+    """Read one image and give `open_` of its bytes or array and of the channels.
+
+    Raises: `Undecodable`, also where the file cannot be read.
+    """
     try:
-        return decode(source.read(position), channels)
+        return open_(source.read(position), channels)
     except OSError as error:
         raise Undecodable(f"it cannot be read: {error.strerror or error}") from error
 
@@ -108,92 +102,6 @@ def no_readable_image(source: Source, bad: dict[int, str]) -> str:
         f"No readable image: {len(bad)} of the {len(source)} were tried and none decodes, in {source.description}. "
         f"The first: {first}. Check the files, or name another folder."
     )
-
-
-@dataclass(frozen=True)
-class Cutting:
-    """Decode each image once and cut all its views."""
-
-    source: Source
-    views: Views
-    channels: int
-    seed: int
-
-    def __call__(self, task: Task) -> Cut:
-        bad: dict[int, str] = {}
-        parts = [
-            self._some(Task(task.epoch, task.positions[start : start + _HELD]), bad)
-            for start in range(0, len(task.positions), _HELD)
-        ]
-        crops = [torch.cat(some) for some in zip(*(part[0] for part in parts))]  # views of [B, C, S, S]
-        drawn = [_join(some) for some in zip(*(part[1] for part in parts))]
-        return Cut(crops, drawn, torch.from_numpy(np.concatenate([part[2] for part in parts])), bad)
-
-    def _some(self, task: Task, bad: dict[int, str]) -> tuple[list[Tensor], list[Drawn], NDArray[np.int64]]:
-        shown = [self._readable(int(position), task.epoch, bad) for position in task.positions]
-        index = np.array([position for position, _ in shown], dtype=np.int64)  # [n]
-        images = [image for _, image in shown]
-        height, width = np.array([image.shape[:2] for image in images]).T  # each [n]
-        crops, numbers = [], []
-        for view, augmentation in enumerate(self.views.augment):
-            drawn = draw(
-                augmentation,
-                seed=self.seed,
-                epoch=task.epoch,
-                image=index,
-                view=view,
-                height=height,
-                width=width,
-            )
-            cuts = [
-                crop_resize(image, (top, left, h, w), augmentation.size)
-                for image, (top, left, h, w) in zip(images, drawn.box.tolist())
-            ]
-            crops.append(torch.stack(cuts))  # [n, C, S, S]
-            numbers.append(drawn)
-        return crops, numbers, index
-
-    def _readable(self, position: int, epoch: int, bad: dict[int, str]) -> tuple[int, NDArray[np.uint8]]:
-        """The image at `position`, or the first stand-in that decodes."""
-        tried: dict[int, str] = {}
-        others = stand_ins(position, seed=self.seed, epoch=epoch, count=len(self.source))
-        candidate: int | None = position
-        while candidate is not None:
-            if candidate not in tried:
-                try:
-                    return candidate, read(self.source, candidate, self.channels)
-                except Undecodable as error:
-                    tried[candidate] = bad[candidate] = error.reason
-            candidate = next(others, None)
-        raise UserError(no_readable_image(self.source, tried))
-
-
-def _join(parts: Sequence[Drawn]) -> Drawn:
-    """Put the numbers of consecutive images together."""
-    return Drawn(**{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Drawn)})
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """Decode whole images of one size; those that do not decode stay black and are named in `bad`."""
-
-    source: Source
-    channels: int
-    size: tuple[int, int]
-
-    def __call__(self, task: Task) -> Block:
-        bad: dict[int, str] = {}
-        pixels = torch.zeros(len(task.positions), self.channels, *self.size, dtype=torch.uint8)  # [n, C, H, W]
-        for row, position in enumerate(task.positions.tolist()):
-            try:
-                image = read(self.source, position, self.channels)
-            except Undecodable as error:
-                bad[position] = error.reason
-                continue
-            if image.shape[:2] != self.size:
-                return Block(task.positions, pixels, bad, other_size=position)
-            pixels[row] = torch.from_numpy(image).permute(2, 0, 1)
-        return Block(task.positions, pixels, bad)
 
 
 @dataclass(frozen=True)
@@ -226,53 +134,127 @@ class _Failure:
 
 
 @dataclass(frozen=True)
-class _Tasks(Dataset[S | _Failure], Generic[S]):
-    """Work in the shape that torch's loader sends to processes."""
+class _Doing(Dataset[S | _Failure], Generic[S]):
+    """Work in the shape that torch's loader sends to processes: a task takes the place of an index."""
 
     work: Work[S]
-    tasks: Sequence[Task] = field(repr=False)
 
-    def __getitem__(self, number: int) -> S | _Failure:
+    def __getitem__(self, task: Task) -> S | _Failure:
         try:
-            return self.work(self.tasks[number])
+            return self.work(task)
         except UserError as error:
             return _Failure(str(error))
 
-    def __len__(self) -> int:
-        return len(self.tasks)
+
+_running: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
 
 
-def run(work: Work[S], tasks: Sequence[Task], *, workers: int, prefetch: int = 2, pin: bool = False) -> Iterator[S]:
+def run(
+    work: Work[S], tasks: Iterable[Task], *, workers: int, prefetch: int = 2, pin: bool = False
+) -> Generator[S, None, None]:
     """Do the tasks in `workers` processes, `prefetch` ahead in each, and give the results in order.
+
+    `tasks` may be without end: each is asked for when a worker is to have it. Closing the generator ends the workers.
+    Where `work` takes its memory from `pixel_memory`, a result is good until the next one is asked for.
 
     Raises: `UserError` for what is wrong with the data, and where a worker dies.
     """
-    todo = _Tasks(work, tasks)
-    if workers == 0 or not tasks:
-        for number in range(len(tasks)):
-            yield _good(todo[number])
-        return
-    results = DataLoader(
-        todo,
+    if isinstance(tasks, Sized):
+        workers = min(workers, len(tasks))
+    results = _alone(work, tasks) if workers == 0 else _in_processes(work, tasks, workers, prefetch, pin)
+    _running.add(results)
+    return results
+
+
+def _alone(work: Work[S], tasks: Iterable[Task]) -> Generator[S, None, None]:
+    doing = _Doing(work)
+    for task in tasks:
+        yield _good(doing[task])
+
+
+def _in_processes(
+    work: Work[S], tasks: Iterable[Task], workers: int, prefetch: int, pin: bool
+) -> Generator[S, None, None]:
+    loader = DataLoader(
+        _Doing(work),
         batch_size=None,
-        num_workers=min(workers, len(tasks)),
+        sampler=tasks,
+        num_workers=workers,
         prefetch_factor=prefetch,
         pin_memory=pin,
         collate_fn=_as_it_is,
-        worker_init_fn=_quiet_worker,
+        # A worker's result is asked for after at most `prefetch` later ones were begun, and read before one more is.
+        worker_init_fn=_Beginning(prefetch + 1),
         # Torch's loader draws a seed for its workers: from here, so that the caller's generator stays untouched.
         generator=torch.Generator(),
     )
+    results: Iterator[S | _Failure] | None = None
     try:
-        for result in results:
+        with _hearing_of_deaths():
+            results = iter(loader)
+        # Whatever is asked for last happens first at the end of the process: before multiprocessing waits for workers,
+        # which hear no signal, and before torch waits for each of them.
+        atexit.unregister(_end_all)
+        atexit.register(_end_all)
+        while True:
+            with _hearing_of_deaths():
+                result = next(results, None)
+            if result is None:
+                return
             yield _good(result)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error) or "Traceback" in str(error):
+    except (RuntimeError, OSError, EOFError) as error:
+        if not _tells_of_death(error):
             raise
         raise UserError(
-            f"A loader worker ended before its work was done, most often for lack of memory ({error}). "
+            f"A loader worker ended before its work was done, most often for lack of memory "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}). "
             f"Lower the number of workers (now {workers}) or the batch size."
         ) from error
+    finally:
+        # Now, and not when an exception that holds this frame is collected: torch's workers then miss the word to end.
+        results = None
+
+
+def _tells_of_death(error: Exception) -> bool:
+    """Whether a worker has ended, and not its work failed: torch names the worker process of what it raises for that.
+
+    A result whose worker is gone cannot be fetched: its memory is handed over by a connection to the worker.
+    """
+    text = str(error)
+    if "in DataLoader worker process" in text:
+        return False
+    return isinstance(error, ConnectionError | EOFError | FileNotFoundError) or "DataLoader worker" in text
+
+
+def _end_all() -> None:
+    for results in list(_running):
+        results.close()
+
+
+_deaths: Any = None  # torch's handler of SIGCHLD, once it has one
+
+
+@contextmanager
+def _hearing_of_deaths() -> Iterator[None]:
+    """Let torch raise for a worker that dies in here, and only in here.
+
+    Its handler raises wherever the main process happens to be, also in the middle of a step. Outside, a death is found
+    when the next result is asked for.
+    """
+    global _deaths
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    if _deaths is not None:
+        signal.signal(signal.SIGCHLD, _deaths)
+    try:
+        yield
+    finally:
+        now = signal.getsignal(signal.SIGCHLD)
+        if now is not before:
+            _deaths = now
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
 
 
 def _good(result: S | _Failure) -> S:
@@ -285,9 +267,52 @@ def _as_it_is(result: S) -> S:
     return result
 
 
-def _quiet_worker(_worker: int) -> None:
-    """One thread; and Ctrl-C, which a terminal sends to all processes, is the main one's to answer."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # torchrun, systemd and some batch systems signal the whole group; a worker of a dead main process ends by itself.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+@dataclass(frozen=True)
+class _Beginning:
+    """What a worker does first."""
+
+    kept: int
+    """results that may be on their way at a time"""
+
+    def __call__(self, _worker: int) -> None:
+        """One thread; and Ctrl-C, which a terminal sends to all processes, is the main one's to answer."""
+        global _memory
+        _memory = _PixelMemory(self.kept)
+        torch.set_num_threads(1)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # torchrun, systemd and some batch systems signal the whole group; a worker of a dead main process ends by
+        # itself.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+class _PixelMemory:
+    """Shared memory that a worker writes its results to in turn."""
+
+    def __init__(self, kept: int) -> None:
+        self._sets: list[list[Tensor]] = [[] for _ in range(kept)]  # bytes
+        self._turn = 0
+
+    def take(self, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        """Lend the oldest result's memory for the next one."""
+        held = self._sets[self._turn]
+        self._turn = (self._turn + 1) % len(self._sets)
+        sizes = [math.prod(shape) for shape in shapes]
+        if [len(one) for one in held] < sizes or len(held) != len(sizes):
+            held[:] = [torch.empty(size, dtype=torch.uint8).share_memory_() for size in sizes]  # type: ignore[no-untyped-call]
+        return [one[:size] for one, size in zip(held, sizes)]
+
+
+_memory: _PixelMemory | None = None
+
+
+def pixel_memory(shapes: Sequence[tuple[int, int, int, int]]) -> list[Tensor]:
+    """Memory for a task's results, one uint8 [B, C, H, W] per shape with the channels last; what is in it is undefined.
+
+    In a worker it is shared with the main process and lent again after `prefetch` further tasks; elsewhere it is new.
+    """
+    flat = [(b, h, w, c) for b, c, h, w in shapes]
+    if _memory is None:
+        made = [torch.empty(shape, dtype=torch.uint8) for shape in flat]  # each [B, H, W, C]
+    else:
+        made = [taken.view(shape) for taken, shape in zip(_memory.take(flat), flat)]  # each [B, H, W, C]
+    return [one.permute(0, 3, 1, 2) for one in made]  # each [B, C, H, W]

@@ -6,7 +6,8 @@ from __future__ import annotations
 import hashlib
 import os
 
-from kinfold.data.sources import Source
+from kinfold.data.sources import Source, Subset
+from kinfold.data.tars import TarSource
 
 _LOOKED_AT = 64  # images that decide whether each has a file of its own
 
@@ -14,20 +15,31 @@ _LOOKED_AT = 64  # images that decide whether each has a file of its own
 def written(source: Source) -> str:
     """Hash sizes and times of the files that the images lie in: another folder with the same names has others.
 
-    Empty for images without files of their own (tables, arrays), whose fingerprints know what is in them. Looking at
-    a million files takes some seconds.
+    Of images in tar files, hash these. Empty for other images without files of their own (tables, arrays), whose
+    fingerprints know what is in them. Looking at a million files takes some seconds.
     """
+    digest = hashlib.sha256()
+    whole = source
+    while isinstance(whole, Subset):
+        whole = whole.source
+    if isinstance(whole, TarSource):
+        for path in whole.paths:
+            digest.update(_state(path))
+        return digest.hexdigest()
     if not any(os.path.isfile(source.name(i)) for i in range(min(len(source), _LOOKED_AT))):
         return ""
-    digest = hashlib.sha256()
     for i in range(len(source)):
-        try:
-            state = os.stat(source.name(i))
-        except OSError:  # gone, or a name that is no text: it is read in vain too
-            digest.update(b"\n")
-        else:
-            digest.update(f"{state.st_size} {state.st_mtime_ns}\n".encode())
+        digest.update(_state(source.name(i)))
     return digest.hexdigest()
+
+
+def _state(path: str) -> bytes:
+    """Size and time of a file; nothing where it has gone or its name is no text, and so is read in vain too."""
+    try:
+        state = os.stat(path)
+    except OSError:
+        return b"\n"
+    return f"{state.st_size} {state.st_mtime_ns}\n".encode()
 
 
 def same_images(one: Source, other: Source) -> bool:

@@ -15,12 +15,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import shutil
-import time
 import uuid
-from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kinfold import distributed
+from kinfold.data import kept
 from kinfold.errors import UserError
 from kinfold.evaluate.backbones import hash_of, hash_tensors
 
@@ -92,8 +89,7 @@ def find(folder: Path, key: str, *, images: int) -> Kept | None:
         array = np.load(place / "features.npy", mmap_mode="c", allow_pickle=False)  # [n, F]
         if array.dtype != np.float32 or array.ndim != 2 or len(array) != images - len(bad):
             raise ValueError("another number of rows than images")
-        with suppress(OSError):  # a cache of others may only be read
-            os.utime(place / "about.json")  # used now: the others go first
+        kept.used(place)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
@@ -123,7 +119,7 @@ class Writing:
         _bound()  # a number that is none is found before the work
         if distributed.is_main():
             try:
-                _remove_leftovers(self._folder)
+                kept.remove_leftovers(self._folder)
                 self._draft.mkdir(parents=True)
                 with self._file.open("wb") as file:
                     file.truncate(self._header + self._images * width * 4)
@@ -165,12 +161,12 @@ class Writing:
                 self._draft.rename(place)
             except OSError as error:
                 raise self._refused(error) from error
-            _make_room(self._folder, but=self._key)
+            kept.make_room(self._folder, _bound(), but=self._key)
         distributed.wait_for_all()
-        kept = find(self._folder, self._key, images=self._images)
-        if kept is None:
+        found = find(self._folder, self._key, images=self._images)
+        if found is None:
             raise UserError(f"{self._folder / self._key} vanished while it was written. Run the command again.")
-        return kept
+        return found
 
     def abandon(self) -> None:
         """Remove what was written."""
@@ -218,41 +214,4 @@ def _header(count: int, width: int) -> bytes:
 
 def _bound() -> float:
     """Bytes that are kept. Raises `UserError` where the environment asks for what is no such number."""
-    asked = os.environ.get("KINFOLD_FEATURES_GB", "").strip()
-    try:
-        bound = float(asked or BOUND_GB)
-    except ValueError:
-        bound = -1.0
-    if not 0.0 <= bound < float("inf"):
-        raise UserError(f"KINFOLD_FEATURES_GB is {asked!r}; it is how many GB of features are kept, for example 50.")
-    return bound * 1e9
-
-
-def _make_room(folder: Path, *, but: str) -> None:
-    """Remove the sets that nobody used for longest until the rest is within the bound; `but` stays."""
-    bound = _bound()
-    sets: list[tuple[float, int, Path]] = []
-    for place in folder.iterdir():
-        try:
-            sets.append(((place / "about.json").stat().st_mtime, (place / "features.npy").stat().st_size, place))
-        except OSError:  # in the making, or being removed by another process
-            continue
-    total = sum(size for _, size, _ in sets)
-    for _, size, place in sorted(sets, key=lambda one: one[0]):
-        if total <= bound:
-            return
-        if place.name != but:
-            shutil.rmtree(place, ignore_errors=True)
-            total -= size
-
-
-def _remove_leftovers(folder: Path, *, hours: float = 48.0) -> None:
-    """Remove drafts that nobody has written to for long: their processes were killed."""
-    drafts: Iterable[Path] = folder.glob(".*.partial") if folder.is_dir() else ()
-    for draft in drafts:
-        try:
-            times = [path.stat().st_mtime for path in (draft, *draft.iterdir())]
-        except OSError:
-            continue
-        if time.time() - max(times) > hours * 3600:
-            shutil.rmtree(draft, ignore_errors=True)
+    return kept.bound("KINFOLD_FEATURES_GB", BOUND_GB, "features")

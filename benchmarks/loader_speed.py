@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many images a second does one core prepare for two views, ours against torchvision with PIL and lightly?
+
+    python benchmarks/loader_speed.py [--data FOLDER] [--images 64] [--rounds 5] [--quick]
+
+needs the packages of `benchmarks/alternatives.txt`. Two MoCo v2 views of 224 pixels of each image, all contenders on
+the same files, in one process that is held to one core, one thread, in turns. The files are JPEGs of 500 x 375 pixels
+and quality 90, generated as 1/f noise (about 120 kB each), or those of `--data`.
+
+Our workers decode and cut, and the rest happens on the device for the whole batch; torchvision's and lightly's do all
+of it. So there are two figures of ours: the workers' share alone, and with the device's share done on the same core.
+
+Then a photo of 4000 x 3000 pixels for two views of 128, decoded in full and at a fraction; and the whole loader with
+two workers, in which the main process does the device's share.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from measured import in_turns, write
+from numpy.typing import NDArray
+from PIL import Image
+from torchvision import transforms
+
+from kinfold.data.cutting import Cutting
+from kinfold.data.finish import finish
+from kinfold.data.loader import Loader
+from kinfold.data.work import Task
+from kinfold.views import Augmentation, Views, preset
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+OURS, WHOLE, PIL, LIGHTLY = "ours, workers' share", "ours, all on one core", "torchvision with PIL", "lightly"
+
+
+class Files:
+    """JPEGs in memory."""
+
+    labels: NDArray[np.int64] | None = None
+    classes: tuple[str, ...] | None = None
+    fingerprint = "-"
+    description = "JPEGs in memory"
+
+    def __init__(self, files: list[bytes], count: int | None = None) -> None:
+        self.files, self.count = files, count or len(files)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, i: int) -> bytes:
+        return self.files[i % len(self.files)]
+
+    def name(self, i: int) -> str:
+        return f"{i}.jpg"
+
+
+def photo(seed: int, height: int, width: int) -> bytes:
+    """A JPEG of quality 90 that is as rough at every scale as photos are: 1/f noise."""
+    draws = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])  # [H, W / 2 + 1]
+    frequency[0, 0] = 1.0
+    noise = draws.standard_normal((2, 3, *frequency.shape))
+    waves = np.fft.irfft2((noise[0] + 1j * noise[1]) / frequency, s=(height, width))  # [3, H, W]
+    waves = waves[:1] + 0.4 * waves
+    pixels = np.clip(128 + 55 * waves / waves.std((1, 2), keepdims=True), 0, 255).astype(np.uint8)  # [3, H, W]
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def views(size: int) -> Views:
+    return Views(augment=(preset("moco-v2", size=size),) * 2, pairs=((0, 1),))
+
+
+def with_pil(size: int) -> Callable[[Image.Image], object]:
+    """Two views as the reference code of MoCo v2 makes them, with torchvision's own Gaussian blur."""
+    one = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(size, scale=(0.2, 1.0)),
+            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            transforms.RandomGrayscale(p=0.2),
+            transforms.RandomApply([transforms.GaussianBlur(2 * (size // 20) + 1, (0.1, 2.0))], p=0.5),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+    return lambda image: [one(image), one(image)]
+
+
+def with_lightly(size: int) -> Callable[[Image.Image], object]:
+    from lightly.transforms import MoCoV2Transform  # type: ignore[import-not-found]  # of alternatives.txt
+
+    return MoCoV2Transform(input_size=size, normalize={"mean": list(MEAN), "std": list(STD)})  # type: ignore[no-any-return]
+
+
+def one_core(files: list[bytes], rounds: int) -> dict[str, Any]:
+    """Seconds an image of each contender, in turns."""
+    cutting = Cutting(Files(files), views(224), 3, 0)
+    task = Task(0, np.arange(len(files)))
+
+    def whole() -> None:
+        cut = cutting(task)
+        finish(cut.crops, cut.drawn, MEAN, STD)
+
+    def one_by_one(transform: Callable[[Image.Image], object]) -> Callable[[], None]:
+        def all_() -> None:
+            for file in files:
+                transform(Image.open(io.BytesIO(file)).convert("RGB"))
+
+        return all_
+
+    contenders: dict[str, Callable[[], object]] = {
+        OURS: lambda: cutting(task),
+        WHOLE: whole,
+        PIL: one_by_one(with_pil(224)),
+        LIGHTLY: one_by_one(with_lightly(224)),
+    }
+    return in_turns(contenders, rounds=rounds, per=len(files))
+
+
+def large(rounds: int, height: int, width: int) -> dict[str, Any]:
+    """Seconds a photo of several megapixels for two views of 128 pixels, at a fraction and in full."""
+    files = Files([photo(0, height, width)], 8)
+    small = Views(augment=(preset("moco-v2", size=128), Augmentation(size=128)), pairs=((0, 1),))
+    work = {scaled: Cutting(files, small, 3, 0, scaled=scaled) for scaled in (True, False)}
+    task = Task(0, np.arange(8))
+    return in_turns(
+        {"at a fraction": lambda: work[True](task), "in full": lambda: work[False](task)}, rounds=rounds, per=8
+    )
+
+
+def delivered(files: list[bytes], batches: int) -> dict[str, float]:
+    """Images a second that a loop gets from a loader with two workers, and the share of time that it waits."""
+    settings = {"channels": 3, "mean": MEAN, "std": STD, "seed": 0, "workers": 2, "epochs": 3, "resident": False}
+    loader = Loader(Files(files, 64 * batches), views(224), batch_size=64, **settings)  # type: ignore[arg-type]
+    list(loader.epoch(0))
+    loader.reset_waiting()
+    began = time.perf_counter()
+    images = sum(len(batch.index) for batch in loader.epoch(1))
+    seconds = time.perf_counter() - began
+    loader.close()
+    return {"images_per_second": images / seconds, "waiting": loader.waiting / seconds}
+
+
+def page(found: dict[str, Any], count: int, kilobytes: float) -> dict[str, Any]:
+    """What a reader should see."""
+    core, big, loop = found["one_core"], found["large_photo"], found["two_workers"]
+
+    def row(name: str, does: str) -> list[str]:
+        times = core[name].get("times_ours")
+        return [name, does, f"{1 / core[name]['median']:.0f}", "1" if times is None else f"{times:.1f}"]
+
+    return {
+        "title": "Preparing two views of a JPEG on one core",
+        "text": [
+            f"Two MoCo v2 views of 224 pixels of {count} JPEGs ({kilobytes:.0f} kB each on average), one process on "
+            "one core, one thread, in turns, the same files for all. Torchvision blurs with its own GaussianBlur, as "
+            "wide as a tenth of the view; lightly with PIL's.",
+            "The first figure is not the whole work: our workers decode and cut the crops, and colour, grey, blur, "
+            "flip and normalisation are left to the device, a whole batch at a time. The second row does those too, "
+            "on the same core, which is what a machine without a GPU does. Torchvision and lightly do all of it in a "
+            "worker. The last column says how many times as long as our workers each took for an image.",
+            f"A large JPEG ({' x '.join(map(str, found['large_photo_size']))} pixels) for two views of 128 pixels "
+            f"takes {1e3 * big['in full']['median']:.0f} ms in full and "
+            f"{1e3 * big['at a fraction']['median']:.0f} ms with images.scaled_decode=true.",
+            "The whole loader with two workers, the main process doing the device's share on the same cores, delivers "
+            f"{loop['images_per_second']:.0f} images a second; {loop['waiting']:.0%} of the time is spent waiting.",
+        ],
+        "table": {
+            "columns": ["who", "does", "images a second and core", "time, ours = 1"],
+            "rows": [
+                row(OURS, "decode, two crops, uint8"),
+                row(WHOLE, "all, float32 normalised"),
+                row(PIL, "all, float32 normalised"),
+                row(LIGHTLY, "all, float32 normalised"),
+            ],
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, help="a folder of JPEGs; generated ones if not given")
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="a few small images, to see that it runs")
+    given = parser.parse_args()
+    count, rounds = (4, 1) if given.quick else (given.images, given.rounds)
+    if given.data is not None:
+        paths = sorted(path for path in given.data.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+        files = [path.read_bytes() for path in paths[:count]]
+    else:
+        files = [photo(seed, 375, 500) for seed in range(count)]
+    torch.set_num_threads(1)
+    cores = os.sched_getaffinity(0)
+    found: dict[str, Any] = {
+        "question": "How many images a second does one core prepare for two MoCo v2 views at 224 pixels?",
+        "images": len(files),
+        "bytes": sum(len(file) for file in files),
+        "generated": given.data is None,
+    }
+    os.sched_setaffinity(0, {min(cores)})
+    found["one_core"] = one_core(files, rounds)
+    height, width = (600, 800) if given.quick else (3000, 4000)
+    found["large_photo_size"] = [width, height]
+    found["large_photo"] = large(rounds, height, width)
+    os.sched_setaffinity(0, cores)
+    found["two_workers"] = delivered(files, 2 if given.quick else 12)
+    found["page"] = page(found, len(files), found["bytes"] / len(files) / 1e3)
+    name = "loader-speed-quick" if given.quick else "loader-speed"
+    print(write(name, found, alternatives=("lightly",)))
+    for line in found["page"]["table"]["rows"]:
+        print(" | ".join(line))
+    print(*found["page"]["text"][2:], sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What does it bring that a small set lives on the device: start-up, and two views of a whole batch at once?
+
+    python benchmarks/resident.py --data CIFAR10
+
+Start-up: seconds from the name of the data to the first batch, within a process that has imported everything; the first
+time (the table is unpacked, all images are decoded and kept), the second time, and with nothing kept but the unpacked
+table. Each round has a cache of its own.
+
+Views: seconds an image for MoCo v2's two views of 32 pixels, our resident set against torch's DataLoader over
+torchvision's transforms, image by image on PIL images as the papers' code does it, with 0 and 2 workers that stay
+alive. Both start from decoded images in memory and end with normalised float32 batches; the contenders take turns. Ours
+is also taken apart: the numbers (drawn on the host), the crops, and the rest.
+
+Without `--data` the images are generated (smooth noise as JPEG in Parquet). Writes `benchmarks/results/resident.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import random
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from measured import in_turns, summary, without_folder, write
+from PIL import Image, ImageFilter
+from torchvision import transforms
+
+from kinfold.data.augment import draw
+from kinfold.data.exact_crop import crop_levels
+from kinfold.data.loader import Loader
+from kinfold.data.resident import Asked, open_resident
+from kinfold.data.shards import ParquetShard
+from kinfold.data.sources import Source, open_source
+from kinfold.views import Views, preset
+
+SIZE, BATCH = 32, 256
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+LOOK = preset("moco-v2", size=SIZE)
+VIEWS = Views(augment=(LOOK, LOOK), pairs=((0, 1),))
+
+
+def generate(place: Path, count: int) -> Path:
+    """A Parquet file of `count` smooth images."""
+    shard = ParquetShard(place / "train.parquet", labelled=False, classes=None)
+    for number in range(count):
+        coarse = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(coarse).resize((SIZE, SIZE), Image.Resampling.BICUBIC).save(file, "JPEG", quality=95)
+        shard.add(f"{number:08d}.jpg", file.getvalue(), None)
+    shard.close()
+    return place / "train.parquet"
+
+
+def loader(source: Source, device: str, **words: Any) -> Loader:
+    """Our loader over a resident set."""
+    given = {"channels": 3, "mean": MEAN, "std": STD, "batch_size": BATCH, "seed": 0, "device": device, **words}
+    return Loader(source, VIEWS, resident=True, **given)
+
+
+def settle(device: str) -> None:
+    """Wait for the device."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def start_up(data: str, workers: int, device: str, rounds: int) -> dict[str, Any]:
+    """Seconds from the name of the data to the first batch, by what the caches hold."""
+    seconds: dict[str, list[float]] = {"second time": [], "first time": [], "no decoded images kept": []}
+
+    def once() -> float:
+        began = time.perf_counter()
+        next(loader(open_source(data), device, workers=workers).epoch(0))
+        settle(device)
+        return time.perf_counter() - began
+
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as cache:
+            os.environ["KINFOLD_CACHE"] = cache
+            seconds["first time"].append(once())
+            seconds["second time"].append(once())
+            os.environ["KINFOLD_PIXELS_GB"] = "0"
+            for kept in (Path(cache) / "pixels").glob("*/*"):
+                kept.unlink()
+            seconds["no decoded images kept"].append(once())
+            del os.environ["KINFOLD_PIXELS_GB"], os.environ["KINFOLD_CACHE"]
+    return alone(summary(seconds))
+
+
+def alone(found: dict[str, Any]) -> dict[str, Any]:
+    """Seconds that are parts of one thing and no contenders: without their ratios."""
+    return {name: {key: one[key] for key in ("median", "least", "greatest", "all")} for name, one in found.items()}
+
+
+class Blur:
+    """Gaussian blur as in the papers' code."""
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(*LOOK.blur_sigma)))
+
+
+def pipeline() -> transforms.Compose:
+    """MoCo v2's augmentation out of torchvision's parts, for PIL images."""
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(SIZE, scale=LOOK.scale, ratio=LOOK.ratio),
+            transforms.RandomApply([transforms.ColorJitter(*LOOK.jitter)], p=LOOK.jitter_probability),
+            transforms.RandomGrayscale(p=LOOK.grey),
+            transforms.RandomApply([Blur()], p=LOOK.blur),
+            transforms.RandomHorizontalFlip(LOOK.flip),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+
+
+class TwoViews(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Decoded images [N, H, W, C], each given as two views."""
+
+    def __init__(self, images: np.ndarray, count: int) -> None:
+        self.images, self.count, self.change = images, count, pipeline()
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        image = Image.fromarray(self.images[i % len(self.images)])
+        return self.change(image), self.change(image)
+
+
+def theirs(images: np.ndarray, count: int, workers: int) -> torch.utils.data.DataLoader[Any]:
+    """Torch's loader; its workers stay alive between epochs."""
+    return torch.utils.data.DataLoader(
+        TwoViews(images, count),
+        BATCH,
+        shuffle=True,
+        drop_last=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
+
+
+def views(source: Source, device: str, count: int, rounds: int) -> dict[str, Any]:
+    """Seconds an image for two views, ours and torchvision's; and the parts of ours."""
+    resident = open_resident(Asked(source=source, channels=3, device=torch.device(device), wanted=True))
+    assert resident is not None
+    images = np.ascontiguousarray(resident.images.cpu().permute(0, 2, 3, 1).numpy())  # [N, H, W, C]
+    own, batches = loader(source, device), count // BATCH
+
+    def endless() -> Iterator[Any]:
+        epoch = 0
+        while True:
+            yield from own.epoch(epoch)
+            epoch += 1
+
+    stream = endless()
+
+    def ours() -> None:
+        for _ in range(batches):
+            next(stream)
+        settle(device)
+
+    def image_by_image(workers: int) -> Any:
+        found = theirs(images, batches * BATCH, workers)
+
+        def run() -> None:
+            for pair in found:
+                for view in pair:
+                    view.to(device)
+            settle(device)
+
+        return run
+
+    contenders = {
+        "resident": ours,
+        "torchvision, 0 workers": image_by_image(0),
+        "torchvision, 2 workers": image_by_image(2),
+    }
+    found = in_turns(contenders, rounds=rounds, per=batches * BATCH)
+    chosen = np.random.default_rng(0).integers(0, len(source), BATCH)
+    where, side = torch.from_numpy(chosen).to(device), np.full(BATCH, SIZE)
+
+    def numbers() -> list[Any]:
+        words: dict[str, Any] = {"seed": 0, "epoch": 0, "image": chosen, "height": side, "width": side}
+        return [draw(LOOK, view=view, **words) for view in range(2)]
+
+    drawn = numbers()
+
+    def crops() -> None:
+        for one in drawn:
+            crop_levels(resident.images, where, one.box, SIZE)
+        settle(device)
+
+    def repeat(part: Any) -> Any:
+        return lambda: [part() for _ in range(batches)]
+
+    parts = in_turns({"crops": repeat(crops), "numbers": repeat(numbers)}, rounds=rounds, per=batches * BATCH)
+    return {"seconds_an_image": found, "parts_of_ours": alone(parts)}
+
+
+def page(result: dict[str, Any]) -> dict[str, Any]:
+    """What a reader should see."""
+    start, made = result["start_up_seconds"], result["views"]["seconds_an_image"]
+    parts = result["views"]["parts_of_ours"]
+    whole = made["resident"]["median"]
+    rows = [
+        [f"start-up, {name}", f"{start[name]['median']:.2f} s", ""]
+        for name in ("first time", "second time", "no decoded images kept")
+    ]
+    for name, one in made.items():
+        ratio = f"{one['times_ours']:.1f}" if "times_ours" in one else "1"
+        rows.append([f"two views, {name}", f"{1 / one['median']:,.0f} images/s", ratio])
+    return {
+        "title": "Small sets live on the device",
+        "text": [
+            f"{result['images']:,} images of {SIZE} x {SIZE} pixels. Start-up is the time from the name of the data to "
+            "the first batch on the device, imports not counted. The first time the table is unpacked, the images are "
+            f"decoded by {result['workers']} processes and kept on disk; from then on they are read from there.",
+            f"Two views of MoCo v2 at {SIZE} px in batches of {BATCH}, with {result['threads']} threads: the resident "
+            "set cuts and changes a whole batch at once; torch's DataLoader runs torchvision's transforms on PIL "
+            "images one by one. Both start from decoded images in memory and end with normalised float32 batches; no "
+            f"network is run. Of our time, {parts['crops']['median'] / whole:.0%} are the crops and "
+            f"{parts['numbers']['median'] / whole:.1%} drawing the random numbers on the host "
+            f"({1e3 * 512 * parts['numbers']['median']:.1f} ms for a step of 512 images).",
+        ],
+        "table": {"columns": ["what", "median", "times ours"], "rows": rows},
+    }
+
+
+def main() -> None:
+    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words.add_argument("--data", help="images of 32 pixels, for example CIFAR-10 as Parquet")
+    words.add_argument("--images", type=int, default=50_000, help="how many are generated without --data")
+    words.add_argument("--device", default="cpu")
+    words.add_argument("--workers", type=int, default=2, help="processes that decode at the first start")
+    words.add_argument("--rounds", type=int, default=5)
+    words.add_argument("--quick", action="store_true", help="a small run to see that it works")
+    asked = words.parse_args()
+    images, rounds, count = (2000, 1, 512) if asked.quick else (asked.images, asked.rounds, 10 * BATCH)
+    with tempfile.TemporaryDirectory() as place:
+        data = asked.data or str(generate(Path(place), images))
+        start = start_up(data, asked.workers, asked.device, rounds)
+        os.environ["KINFOLD_CACHE"] = place
+        source = open_source(data)
+        result: dict[str, Any] = {
+            "question": "seconds to start on a small set, and seconds an image for two views, resident and one by one",
+            "data": without_folder(source.description, data),
+            "images": len(source),
+            "batch": BATCH,
+            "size": SIZE,
+            "device": asked.device,
+            "workers": asked.workers,
+            "threads": torch.get_num_threads(),
+            "start_up_seconds": start,
+            "views": views(source, asked.device, count, rounds),
+        }
+    result["page"] = page(result)
+    for row in result["page"]["table"]["rows"]:
+        print(*row, sep=" | ")
+    print(*result["page"]["text"], sep="\n")
+    print(write("resident", result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""JPEGs decoded on an NVIDIA device: workers read the files and draw the numbers, nvJPEG makes pixels, crops follow.
+
+An option for machines with few cores a device. nvJPEG does not compute the same pixels as libjpeg: colour, which most
+JPEGs hold at half the size, may be spread without smoothing, so pixels beside coloured edges can differ by many levels.
+For the same decoded pixels the crops are the workers' within one level of 255.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import final
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kinfold.data.augment import Drawn
+from kinfold.data.cutting import Cut, Cutting, put
+from kinfold.data.work import Task
+from kinfold.errors import UserError
+
+Decode = Callable[[list[Tensor]], list[Tensor]]
+"""files, uint8 [bytes] each, to uint8 [3, H, W] each on the device; raises RuntimeError where one does not decode"""
+
+
+def nvjpeg(device: torch.device) -> Decode:
+    """The decoder of `device`. Raises `UserError` where there is none."""
+    advice = "Set decode=cpu, so that workers decode."
+    if device.type != "cuda":
+        raise UserError(f"decode=device needs an NVIDIA device, but this run is on {device}. {advice}")
+    try:
+        from torchvision.io import ImageReadMode, decode_jpeg
+    except ImportError as error:
+        raise UserError(f"decode=device: this torchvision has no decoder for JPEGs ({error}). {advice}") from error
+
+    def decode(files: list[Tensor]) -> list[Tensor]:
+        with warnings.catch_warnings():
+            # Torchvision's decoders are to go some day: the import says so when they have.
+            warnings.simplefilter("ignore")
+            return list(decode_jpeg(files, mode=ImageReadMode.RGB, device=device))
+
+    return decode
+
+
+@final
+class DeviceDecode:
+    """Finish what `cutting`, which leaves JPEGs, made of a batch: decode them by `decode` and cut on `device`.
+
+    A file that `decode` refuses goes the way of all others: it is decoded here on the CPU, or replaced.
+    """
+
+    def __init__(self, cutting: Cutting, device: torch.device, decode: Decode) -> None:
+        self._plainly = replace(cutting, leave_jpegs=False)
+        self._device, self._decode = device, decode
+
+    def __call__(self, cut: Cut, epoch: int) -> Cut:
+        """Give the batch with all its crops, on the device; those that are there already may still be in memory."""
+        crops = [crop.to(self._device, non_blocking=True) for crop in cut.crops]  # views of [B, C, S, S]
+        index, bad = cut.index.clone(), dict(cut.bad)
+        for (row, (_, orientation)), image in zip(cut.jpegs.items(), self._images(cut)):
+            if image is not None:
+                self._cut(upright(image, orientation), row, cut.drawn, crops)
+                continue
+            one = self._plainly(Task(epoch, cut.index[row : row + 1].numpy().copy()))
+            for crop, own, numbers, drawn in zip(crops, one.crops, one.drawn, cut.drawn):
+                crop[row] = own[0].to(self._device)
+                put(numbers, drawn, row)
+            index[row] = one.index[0]
+            bad |= one.bad
+        return Cut(crops, cut.drawn, index, bad)
+
+    def _images(self, cut: Cut) -> list[Tensor | None]:
+        """The decoded JPEGs, uint8 [3, H, W] each; None for one that does not decode."""
+        files = [file for file, _ in cut.jpegs.values()]
+        try:
+            return list(self._decode(files)) if files else []
+        except RuntimeError:  # no word of which one it was
+            return [self._one(file) for file in files]
+
+    def _one(self, file: Tensor) -> Tensor | None:
+        try:
+            return self._decode([file])[0]
+        except RuntimeError:
+            return None
+
+    def _cut(self, image: Tensor, row: int, drawn: list[Drawn], crops: list[Tensor]) -> None:
+        for numbers, crop in zip(drawn, crops):
+            top, left, height, width = numbers.box[row].tolist()
+            part = image[None, :, top : top + height, left : left + width].to(torch.float32)  # [1, 3, h, w]
+            made = functional.interpolate(part, size=crop.shape[2:], mode="bilinear", antialias=True)  # [1, 3, S, S]
+            crop[row] = made[0].add_(0.5).floor_().clamp_(0.0, 255.0)
+
+
+def upright(image: Tensor, orientation: int) -> Tensor:
+    """Turn a decoded image [C, H, W] as EXIF's number says, as `kinfold.data.decode` does."""
+    if orientation >= 5:
+        image = image.transpose(1, 2)
+    backwards = [axis for axis, numbers in ((1, (3, 4, 7, 8)), (2, (2, 3, 6, 7))) if orientation in numbers]
+    return image.flip(backwards) if backwards else image

@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small sets live on the device: decoded once, kept on disk, and cut there for a whole batch at each step.
+
+A set is taken when its images are of one size, its pixels are no more than `RESIDENT_BYTES`, and they fit in `SHARE` of
+the device's free memory. A set that does not fit goes by workers, with the same views to the bit
+(`kinfold.data.exact_crop`), so that a run does not depend on the memory of its machine.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kinfold import distributed
+from kinfold.data import pixels as cached
+from kinfold.data.augment import draw
+from kinfold.data.decode import Undecodable
+from kinfold.data.exact_crop import crop_levels
+from kinfold.data.finish import finish
+from kinfold.data.pixels import Pixels
+from kinfold.data.sources import Source
+from kinfold.data.work import Task, no_readable_image, read, run, stand_ins
+from kinfold.errors import UserError
+from kinfold.views import Views
+
+RESIDENT_BYTES = 4 * 2**30
+"""a decoded set up to this size stays on the device: STL-10's 100,000 unlabelled images of 96 pixels are 2.8 GB"""
+SHARE = 0.5
+"""so much of the device's free memory may be a set's, unless `resident=true` asks for it"""
+KEPT_FROM = 2**23
+"""bytes from which a decoded set is kept on disk: a smaller one is decoded in a second or two"""
+
+_LOOKED_AT = 64  # images that decide whether all may be of one size,
+_LOOKED_AT_PIXELS = 2**24  # or fewer where they are large: decoding the set shows it too
+_DECODED_AT_ONCE = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a loader wants of a resident set."""
+
+    source: Source
+    channels: int
+    device: torch.device
+    wanted: bool | None
+    """True: it has to be; False: it must not; None: the data decide"""
+    workers: int = 0
+    """processes that decode"""
+    prefetch: int = 2
+    world: int = 1
+    cache: Path | None = None
+    progress: Callable[[int], None] | None = None
+    """told how many more images are there"""
+    say: Callable[[str], None] = lambda sentence: None
+    """told, in a sentence, what a person should know"""
+
+
+def open_resident(asked: Asked) -> Pixels | None:
+    """Give the whole set on the device, or None where it is to be read step by step; the same on all processes.
+
+    Of several processes, one on each machine decodes and keeps the pixels; the others read them.
+
+    Raises: `UserError` where the set has to be resident and its images differ in size or there is no room, or where
+    no image decodes.
+    """
+    if asked.wanted is False:
+        return None
+    size = _common_size(asked.source, asked.channels, asked.wanted is True)
+    if size is None:
+        return None
+    shape = (len(asked.source), asked.channels, *size)
+    several = asked.world > 1 and distributed.world() > 1
+    if not _fits(asked, shape, several):
+        return None
+    found = _from_disk_or_files(asked, shape, several)
+    if found is None:
+        return None
+    if len(found.bad) == len(asked.source):
+        raise UserError(no_readable_image(asked.source, found.bad))
+    return found._replace(images=found.images.to(asked.device))
+
+
+def _common_size(source: Source, channels: int, wanted: bool) -> tuple[int, int] | None:
+    """Height and width of the first images where they agree and the set is small, or the first's where wanted."""
+    size: tuple[int, int] | None = None
+    seen = 0
+    for position in range(len(source)):
+        if size is not None and (position >= _LOOKED_AT or seen >= _LOOKED_AT_PIXELS):
+            break
+        try:
+            height, width, _ = read(source, position, channels).shape
+        except Undecodable:
+            if not wanted and position >= _LOOKED_AT:
+                return None
+            continue
+        if wanted:
+            return height, width
+        if size not in (None, (height, width)):
+            return None
+        size, seen = (height, width), seen + height * width
+        if len(source) * channels * height * width > RESIDENT_BYTES:
+            return None
+    return size
+
+
+def _fits(asked: Asked, shape: tuple[int, ...], several: bool) -> bool:
+    """Whether every process has room for the set; where one has not, say so, or raise where it has to be there."""
+    needed, free = int(np.prod(shape, dtype=np.int64)), free_memory(asked.device)
+    if several:  # the process that has least decides for all
+        free = -distributed.largest(-int(min(free, 2**62)), asked.device)
+    if needed <= free * (1.0 if asked.wanted else SHARE):
+        return True
+    sizes = f"the decoded images take {needed / 1e9:.2f} GB, and {asked.device} has {free / 1e9:.2f} GB free"
+    if asked.wanted:
+        raise UserError(
+            f"resident=true: {sizes}. Leave resident out, so that workers read the images, or take fewer with limit=."
+        )
+    asked.say(
+        f"{sizes}, of which at most {SHARE:.0%} may be theirs: workers read the images instead, with the same views"
+    )
+    return False
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free on the device, and on the machine, through which all images go."""
+    machine = _machine_memory()
+    if device.type == "cuda":
+        return min(machine, torch.cuda.mem_get_info(device)[0])
+    return machine
+
+
+def _machine_memory() -> float:
+    """Bytes that the system would give, within what a container may have; infinite where nobody says."""
+    free = float("inf")
+    with suppress(OSError, ValueError, AttributeError):
+        free = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = 1024.0 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+    with suppress(OSError, ValueError):  # "max" is no number
+        group = Path("/sys/fs/cgroup")
+        limit, taken = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, float(max(limit - taken, 0)))
+    return free
+
+
+def _from_disk_or_files(asked: Asked, shape: tuple[int, ...], several: bool) -> Pixels | None:
+    """The set from the cache, or decoded; None where not all images are of the shape."""
+    if np.prod(shape, dtype=np.int64) < KEPT_FROM:
+        return _decoded(asked, shape)
+    folder, key = cached.folder_of(asked.cache), cached.key_of(asked.source, shape)
+    found = cached.find(folder, key, shape, asked.say)
+    if not several:
+        return found or _decoded_and_kept(asked, shape, folder, key)
+    if not distributed.largest(int(found is None), asked.device):
+        return found
+    # What goes wrong in one process is told to all, so that none waits for what never comes.
+    fault: dict[int, str] = {}
+    if found is None and int(os.environ.get("LOCAL_RANK", distributed.rank())) == 0:
+        try:
+            found = _decoded_and_kept(asked, shape, folder, key)
+            if found is None:
+                fault = {distributed.rank(): ""}
+        except UserError as error:
+            fault = {distributed.rank(): str(error)}
+    faults = distributed.join(fault)
+    if faults:
+        message = next(iter(faults.values()))
+        if message:
+            raise UserError(message)
+        return None
+    return found or cached.find(folder, key, shape, asked.say) or _decoded(asked, shape)
+
+
+def _decoded_and_kept(asked: Asked, shape: tuple[int, ...], folder: Path, key: str) -> Pixels | None:
+    found = _decoded(asked, shape)
+    if found is not None and len(found.bad) < len(asked.source):
+        cached.keep(folder, key, found, asked.say)
+    return found
+
+
+def _decoded(asked: Asked, shape: tuple[int, ...]) -> Pixels | None:
+    """Decode the whole set to `shape` [N, C, H, W]; None, or an error where it is wanted, if an image has another."""
+    source, bad = asked.source, dict[int, str]()
+    images = torch.empty(shape, dtype=torch.uint8)  # [N, C, H, W]
+    starts = range(0, shape[0], _DECODED_AT_ONCE)
+    tasks = [Task(0, np.arange(s, min(s + _DECODED_AT_ONCE, shape[0]))) for s in starts]
+    work = Decoding(source, asked.channels, (shape[2], shape[3]))
+    for block in run(work, tasks, workers=asked.workers, prefetch=asked.prefetch):
+        if block.other_size is not None:
+            if asked.wanted:
+                raise UserError(_sizes_differ(source, block.other_size))
+            return None
+        first, last = int(block.positions[0]), int(block.positions[-1]) + 1
+        images[first:last] = block.pixels.permute(0, 3, 1, 2)
+        bad.update(block.bad)
+        if asked.progress is not None:
+            asked.progress(last - first)
+    return Pixels(images, bad)
+
+
+def _sizes_differ(source: Source, position: int) -> str:
+    return (
+        f"resident=true needs images of one size, but {source.name(position)} is not of the same size as those "
+        "before it. Leave resident out: images of all sizes then go through workers."
+    )
+
+
+@dataclass(frozen=True)
+class DecodedBlock:
+    """Decoded images."""
+
+    positions: NDArray[np.int64]
+    """[n]"""
+    pixels: Tensor
+    """uint8 [n, H, W, C]"""
+    bad: dict[int, str]
+    """position -> reason"""
+    other_size: int | None = None
+    """position of an image that is not of the size expected"""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Decode whole images of one size; those that do not decode stay black and are named in `bad`."""
+
+    source: Source
+    channels: int
+    size: tuple[int, int]
+
+    def __call__(self, task: Task) -> DecodedBlock:
+        bad: dict[int, str] = {}
+        pixels = np.zeros((len(task.positions), *self.size, self.channels), np.uint8)  # [n, H, W, C]
+        for row, position in enumerate(task.positions.tolist()):
+            try:
+                image = read(self.source, position, self.channels)
+            except Undecodable as error:
+                bad[position] = error.reason
+                continue
+            if image.shape[:2] != self.size:
+                return DecodedBlock(task.positions, torch.empty(0), bad, other_size=position)
+            pixels[row] = image
+        return DecodedBlock(task.positions, torch.from_numpy(pixels), bad)
+
+
+def readable(positions: Iterable[int], bad: dict[int, str], source: Source, *, seed: int, epoch: int) -> list[int]:
+    """The images that are shown at `positions`: themselves, or the first stand-ins that decoded.
+
+    Raises `UserError` where no stand-in of one did.
+    """
+    shown = []
+    for position in positions:
+        candidates = itertools.chain([position], stand_ins(position, seed=seed, epoch=epoch, count=len(source)))
+        found = next((candidate for candidate in candidates if candidate not in bad), None)
+        if found is None:
+            raise UserError(no_readable_image(source, bad))
+        shown.append(found)
+    return shown
+
+
+def resident_views(
+    images: Tensor,
+    rows: NDArray[np.int64],
+    task: Task,
+    views: Views,
+    *,
+    seed: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    compiled: bool = False,
+) -> list[Tensor]:
+    """Make the views of images `task.positions`, which are `rows` of `images` uint8 [N, C, H, W], where these lie.
+
+    One float32 [B, C, S, S] a view, normalised. `compiled` is that of `kinfold.data.finish.finish`.
+    """
+    height, width = np.full(len(rows), images.shape[2]), np.full(len(rows), images.shape[3])
+    where = torch.from_numpy(rows).to(images.device, non_blocking=True)  # [B]
+    crops, numbers = [], []
+    for view, augmentation in enumerate(views.augment):
+        drawn = draw(
+            augmentation,
+            seed=seed,
+            epoch=task.epoch,
+            image=task.positions,
+            view=view,
+            height=height,
+            width=width,
+        )
+        crops.append(crop_levels(images, where, drawn.box, augmentation.size))  # [B, C, S, S]
+        numbers.append(drawn)
+    return finish(crops, numbers, mean, std, compiled=compiled)

@@ -1,0 +1,438 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sets that live on the device: the workers' crops to the bit, decoded once, and a cache that is never trusted."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import shutil
+import tarfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hostile import bytes_of, photos
+from PIL import Image
+from torch import Tensor
+
+from kinfold import distributed
+from kinfold.data import pixels as cached
+from kinfold.data import resident
+from kinfold.data.crop import crop_resize
+from kinfold.data.exact_crop import _ONE_PRODUCT, _in_full, _taps, crop_levels, matrices
+from kinfold.data.pixels import Pixels
+from kinfold.data.resident import Asked, open_resident
+from kinfold.data.sources import Digits, Source, Subset, open_source
+from kinfold.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+# Crops.
+
+
+def boxes_in(height: int, width: int, count: int, seed: int) -> np.ndarray:
+    """Boxes of all sizes [count, 4], the whole image and single pixels among them."""
+    numbers = np.random.default_rng(seed)
+    h, w = numbers.integers(1, height + 1, count), numbers.integers(1, width + 1, count)
+    h[:2], w[:2] = (height, 1), (width, 1)
+    top, left = numbers.integers(0, height - h + 1), numbers.integers(0, width - w + 1)
+    return np.stack([top, left, h, w], axis=1)
+
+
+def one_by_one(images: Tensor, index: Tensor, boxes: np.ndarray, size: int) -> Tensor:
+    """The reference: what a worker does."""
+    crops = [
+        crop_resize(np.ascontiguousarray(images[i].permute(1, 2, 0).numpy()), tuple(box), size)
+        for i, box in zip(index.tolist(), boxes.tolist())
+    ]
+    return torch.stack(crops)
+
+
+@pytest.mark.parametrize("in_full", [True, False])
+@pytest.mark.parametrize(
+    ("height", "width", "channels", "sizes"),
+    [
+        (32, 32, 3, (32, 24, 7, 1)),
+        (70, 41, 1, (64, 20, 33)),
+        (130, 97, 4, (10, 96)),
+        (900, 40, 5, (5,)),
+        (1, 1, 3, (9,)),
+    ],
+)
+def test_crops_of_a_batch_are_the_workers_to_the_bit(
+    height: int,
+    width: int,
+    channels: int,
+    sizes: tuple[int, ...],
+    in_full: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    numbers = np.random.default_rng(height)
+    noise = numbers.integers(0, 256, (20, channels, height, width), dtype=np.uint8)
+    noise[10:] = np.where(noise[10:] > 127, 255, 0)  # the greatest sums
+    images, index = torch.from_numpy(noise), torch.from_numpy(numbers.integers(0, 20, 50))
+    monkeypatch.setattr("kinfold.data.exact_crop._in_full", lambda device: in_full)
+    for size in sizes:
+        boxes = boxes_in(height, width, 50, size)
+        made = crop_levels(images, index, boxes, size)
+        assert made.dtype == torch.uint8
+        assert torch.equal(made, one_by_one(images, index, boxes, size))
+
+
+def test_the_pieces_of_a_batch_and_an_autocast_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (9, 3, 20, 30), dtype=np.uint8))
+    boxes, index = boxes_in(20, 30, 9, 0), torch.arange(9)
+    whole = crop_levels(images, index, boxes, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(crop_levels(images, index, boxes, 16), whole)
+    monkeypatch.setattr("kinfold.data.exact_crop._PLACES", 4 * 3 * 20 * 30)
+    assert torch.equal(crop_levels(images, index, boxes, 16), whole)
+    assert crop_levels(images, index[:0], boxes[:0], 16).shape == (0, 3, 16, 16)
+
+
+def test_products_of_a_device_that_may_drop_bits_are_not_trusted() -> None:
+    try:
+        for stated, expected in (("tf32", False), ("ieee", True)):
+            torch.backends.cuda.matmul.fp32_precision = stated
+            assert _in_full(torch.device("cuda")) is expected
+            assert _in_full(CPU)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+
+def test_one_product_is_only_trusted_where_float32_holds_every_sum() -> None:
+    for size in (1, 7, 32, 96, 224):
+        taps = _taps(int(_ONE_PRODUCT * size), size, CPU)
+        greatest = 255 * taps.weight.sum(2).amax(1).double() + 2.0 ** (taps.bits.double() - 1)
+        assert greatest[1:].max() < 2**24
+
+
+def test_the_rows_of_a_matrix_weigh_one_and_nothing_outside_of_the_box() -> None:
+    start, extent = torch.tensor([0, 5, 19]), torch.tensor([20, 9, 1])
+    for single in (True, False):
+        whole = torch.stack(matrices(start, extent, length=20, size=12, single=single)).sum(0)
+        assert (whole.sum(2) - 1).abs().max() < 1e-3
+        assert whole[1, :, :5].abs().max() == whole[1, :, 14:].abs().max() == whole[2, :, :19].abs().max() == 0
+
+
+# The cache.
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Thirty pictures, the third unreadable, in a set that is large enough to be kept."""
+    monkeypatch.setattr(resident, "KEPT_FROM", 1)
+    place = photos(tmp_path / "photos", 30)
+    (place / "002.png").write_bytes(b"broken")
+    return place
+
+
+def asked(source: Source, cache: Path, said: list[str] | None = None, **words: Any) -> Asked:
+    given = {"channels": 3, "device": CPU, "wanted": None, "say": [].append if said is None else said.append}
+    return Asked(source=source, cache=cache, **{**given, **words})
+
+
+def opened(data: Path, cache: Path, said: list[str] | None = None, **words: Any) -> Pixels:
+    found = open_resident(asked(open_source(str(data)), cache, said, **words))
+    assert found is not None
+    return found
+
+
+def refuse(*words: object, **named: object) -> None:
+    raise AssertionError("decoded again")
+
+
+def test_a_set_is_decoded_once_and_found_again_with_its_unreadable_images(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    first = opened(folder, tmp_path / "cache", progress=told.append)
+    assert sum(told) == 30
+    assert first.images.shape == (30, 3, 20, 23)
+    assert np.array_equal(first.images[7].permute(1, 2, 0).numpy(), np.asarray(Image.open(folder / "007.png")))
+    assert list(first.bad) == [2]
+    assert not first.images[2].any()
+    (place,) = (tmp_path / "cache" / "pixels").iterdir()
+    assert sorted(bytes_of(place)) == ["about.json", "pixels.npy"]
+    assert np.array_equal(np.load(place / "pixels.npy"), first.images.numpy())
+    monkeypatch.setattr(resident, "_decoded", refuse)
+    second = opened(folder, tmp_path / "cache")
+    assert torch.equal(second.images, first.images)
+    assert second.bad == first.bad
+
+
+def test_an_image_that_was_written_again_is_decoded_again(folder: Path, tmp_path: Path) -> None:
+    before = opened(folder, tmp_path / "cache")
+    Image.new("RGB", (23, 20), "red").save(folder / "009.png")
+    after = opened(folder, tmp_path / "cache")
+    assert after.images[9, 0].eq(255).all()
+    assert torch.equal(after.images[10:], before.images[10:])
+    assert opened(folder, tmp_path / "cache", channels=1).images.shape == (30, 1, 20, 23)
+
+
+def test_a_tar_that_was_written_again_with_the_same_places_is_decoded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resident, "KEPT_FROM", 1)
+
+    def write(shade: int, when: int) -> None:
+        with tarfile.open(tmp_path / "one.tar", "w") as tar:
+            for number in range(3):
+                member = tarfile.TarInfo(f"{number}.npy")
+                content = io.BytesIO()
+                np.save(content, np.full((4, 4, 3), shade, np.uint8))
+                member.size = len(content.getvalue())
+                tar.addfile(member, io.BytesIO(content.getvalue()))
+        os.utime(tmp_path / "one.tar", (when, when))
+
+    for shade, when in ((10, 1000), (200, 2000)):
+        write(shade, when)
+        assert opened(tmp_path / "one.tar", tmp_path / "cache").images.eq(shade).all()
+
+
+def shorten(place: Path) -> None:
+    content = (place / "pixels.npy").read_bytes()
+    (place / "pixels.npy").write_bytes(content[:-5])
+
+
+def change(place: Path) -> None:
+    content = bytearray((place / "pixels.npy").read_bytes())
+    content[-500] ^= 1
+    (place / "pixels.npy").write_bytes(content)
+
+
+def foreign(place: Path) -> None:
+    np.save(place / "pixels.npy", np.zeros((30, 3, 20, 23), np.float32))
+
+
+def objects(place: Path) -> None:
+    np.save(place / "pixels.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+
+
+def no_json(place: Path) -> None:
+    (place / "about.json").write_text("[")
+
+
+def other_json(place: Path) -> None:
+    (place / "about.json").write_text(json.dumps({"crc32": "x", "bad": []}))
+
+
+@pytest.mark.parametrize("harm", [shorten, change, foreign, objects, no_json, other_json])
+def test_a_damaged_or_foreign_file_is_made_anew_with_one_remark(harm: Any, folder: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    first = opened(folder, tmp_path / "cache", said)
+    assert said == []
+    kept = first.images.clone()
+    (place,) = (tmp_path / "cache" / "pixels").iterdir()
+    harm(place)
+    assert torch.equal(opened(folder, tmp_path / "cache", said).images, kept)
+    assert len(said) == 1
+    assert "damaged" in said[0]
+    assert torch.equal(opened(folder, tmp_path / "cache", said).images, kept)
+    assert len(said) == 1
+
+
+def test_a_disk_that_refuses_costs_one_remark_and_no_image(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, array: np.ndarray) -> None:
+        path.write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    said: list[str] = []
+    monkeypatch.setattr(cached, "_write", full)
+    assert len(opened(folder, tmp_path / "cache", said).images) == 30
+    assert len(said) == 1
+    assert "No space left on device. This run goes on" in said[0]
+    assert list((tmp_path / "cache" / "pixels").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    said.clear()
+    assert len(opened(folder, tmp_path / "file", said).images) == 30
+    assert len(said) == 1
+
+
+def test_a_disk_that_is_too_small_is_not_filled_first(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(cached, "_write", refuse)
+    opened(folder, tmp_path / "cache", said)
+    assert len(said) == 1
+    assert "the disk has 0.0 GB left" in said[0]
+
+
+def test_the_longest_unused_set_goes_when_the_bound_is_reached(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 30 * 3 * 20 * 23
+    monkeypatch.setenv("KINFOLD_PIXELS_GB", str(2.5 * size / 1e9))
+    kept = tmp_path / "cache" / "pixels"
+    sets = [folder, photos(tmp_path / "b", 30, seed=1), photos(tmp_path / "c", 30, seed=2)]
+    names = []
+    for number, data in enumerate(sets[:2]):
+        opened(data, tmp_path / "cache")
+        (name,) = {path.name for path in kept.iterdir()} - set(names)
+        names.append(name)
+        os.utime(kept / name / "about.json", (number, number))
+    opened(sets[0], tmp_path / "cache")  # used now, so the other is the oldest
+    opened(sets[2], tmp_path / "cache")
+    assert names[0] in {path.name for path in kept.iterdir()}
+    assert names[1] not in {path.name for path in kept.iterdir()}
+    monkeypatch.setenv("KINFOLD_PIXELS_GB", "0")
+    opened(folder, tmp_path / "none")
+    assert not (tmp_path / "none" / "pixels").exists()
+    monkeypatch.setenv("KINFOLD_PIXELS_GB", "much")
+    with pytest.raises(UserError, match="KINFOLD_PIXELS_GB is 'much'"):
+        opened(folder, tmp_path / "none")
+
+
+def test_small_sets_are_not_kept(tmp_path: Path) -> None:
+    assert open_resident(asked(Digits(), tmp_path, channels=1)) is not None
+    assert list(tmp_path.iterdir()) == []
+
+
+# Room.
+
+
+def test_a_set_that_does_not_fit_goes_by_workers_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    needed = len(Digits()) * 64
+    monkeypatch.setattr(resident, "free_memory", lambda device: 2.0 * needed - 1)
+    said: list[str] = []
+    assert open_resident(asked(Digits(), tmp_path, said, channels=1)) is None
+    assert len(said) == 1
+    assert "cpu has 0.00 GB free, of which at most 50%" in said[0]
+    monkeypatch.setattr(resident, "free_memory", lambda device: 2.0 * needed)
+    assert open_resident(asked(Digits(), tmp_path, said, channels=1)) is not None
+    assert len(said) == 1
+
+
+def test_a_resident_set_that_does_not_fit_at_all_is_refused_before_decoding(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    needed = len(Digits()) * 64
+    monkeypatch.setattr(resident, "_decoded", refuse)
+    monkeypatch.setattr(resident, "free_memory", lambda device: needed - 1.0)
+    with pytest.raises(UserError, match=r"resident=true: the decoded images take 0\.00 GB, and cpu has .* Leave resi"):
+        open_resident(asked(Digits(), tmp_path, channels=1, wanted=True))
+
+
+def test_the_free_memory_of_this_machine_is_a_number_of_bytes() -> None:
+    assert 1e6 < resident.free_memory(CPU) < 1e15
+
+
+def test_large_images_are_not_all_looked_at_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    looked: list[int] = []
+    original = resident.read
+
+    def read(source: Source, position: int, channels: int) -> np.ndarray:
+        looked.append(position)
+        return original(source, position, channels)
+
+    monkeypatch.setattr(resident, "read", read)
+    assert resident._common_size(Digits(), 1, False) == (8, 8)
+    assert looked == list(range(64))
+    looked.clear()
+    monkeypatch.setattr(resident, "_LOOKED_AT_PIXELS", 3 * 64)
+    assert resident._common_size(Digits(), 1, False) == (8, 8)
+    assert looked == [0, 1, 2]
+
+
+# Several processes.
+
+
+class Group:
+    """Two threads that take each other for processes."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.here, self.meet, self.parts = threading.local(), threading.Barrier(2, timeout=30), [None, None]
+        patch.delenv("LOCAL_RANK", raising=False)
+        patch.setattr(distributed, "world", lambda: 2)
+        patch.setattr(distributed, "rank", lambda: self.here.rank)
+        patch.setattr(distributed, "largest", lambda number, device: max(self.exchange(number)))
+        patch.setattr(distributed, "join", lambda part: {k: v for each in self.exchange(part) for k, v in each.items()})
+
+    def exchange(self, part: Any) -> list[Any]:
+        self.parts[self.here.rank] = part
+        self.meet.wait()
+        both = list(self.parts)
+        self.meet.wait()
+        return both
+
+    def run(self, work: Any) -> list[Any]:
+        """What `work(rank)` gives, or raises, in each."""
+
+        def one(rank: int) -> Any:
+            self.here.rank = rank
+            try:
+                return work(rank)
+            except UserError as error:
+                return str(error)
+
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(one, range(2)))
+
+
+def test_of_two_processes_one_decodes_and_both_have_all(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[list[int]] = [[], []]
+    with monkeypatch.context() as patch:
+        both = Group(patch).run(lambda rank: opened(folder, tmp_path, world=2, progress=decoded[rank].append))
+    assert [sum(counts) for counts in decoded] == [30, 0]
+    alone = opened(folder, tmp_path / "other")
+    for found in both:
+        assert torch.equal(found.images, alone.images)
+        assert found.bad == alone.bad
+
+
+def test_where_nothing_can_be_kept_each_process_decodes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    with monkeypatch.context() as patch:
+        both = Group(patch).run(lambda rank: opened(folder, tmp_path / "file", world=2))
+    assert torch.equal(both[0].images, both[1].images)
+    assert len(both[1].images) == 30
+
+
+def test_what_goes_wrong_in_the_process_that_decodes_is_told_to_the_other(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (9, 9)).save(photos(folder, 70) / "999.png")
+    source = open_source(str(folder))
+    for wanted, reason in ((None, "None"), (True, "resident=true needs images of one size")):
+        with monkeypatch.context() as patch:
+            both = Group(patch).run(lambda rank: open_resident(asked(source, tmp_path, world=2, wanted=wanted)))  # noqa: B023
+        assert str(both[0]) == str(both[1])
+        assert str(both[0]).startswith(reason)
+
+
+def test_a_process_without_room_sends_all_by_workers(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        group = Group(patch)
+        patch.setattr(resident, "free_memory", lambda device: 1e12 if group.here.rank == 0 else 10.0)
+        said: list[str] = []
+        assert group.run(lambda rank: open_resident(asked(open_source(str(folder)), tmp_path, said, world=2))) == [
+            None,
+            None,
+        ]
+    assert len(set(said)) == 1
+
+
+def test_a_subset_is_kept_apart_from_its_set(folder: Path, tmp_path: Path) -> None:
+    source = open_source(str(folder))
+    some = Subset(source, np.array([5, 4]))
+    whole, two = open_resident(asked(source, tmp_path)), open_resident(asked(some, tmp_path))
+    assert whole is not None
+    assert two is not None
+    assert torch.equal(two.images, whole.images[[5, 4]])
