@@ -161,6 +161,52 @@ def export(
     typer.echo(f"written to {path}, with its card {path.with_suffix('.md')}")
 
 
+@app.command()
+def pack(
+    source: Annotated[str, typer.Argument(help=DATA_HELP)],
+    out: Annotated[Path, typer.Argument(help="A new folder for the shards.")],
+    split: Annotated[str, typer.Option(help="Which split, where there are splits; all makes one of them.")] = "train",
+    short_side: Annotated[int, typer.Option(help="Pixels that the short side has at most; nothing grows.")] = 512,
+    quality: Annotated[int, typer.Option(help="Quality of the JPEG that is written, 1 to 95.")] = 90,
+    png: Annotated[bool, typer.Option("--png", help="Write PNG, which loses nothing, in place of JPEG.")] = False,
+    format: Annotated[str, typer.Option(help="parquet, or webdataset (tar files).")] = "parquet",
+    shard_mb: Annotated[int, typer.Option(help="MB of images in a file.")] = 256,
+    workers: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Processes that work on images. Default: one a core, up to 16."),
+    ] = None,
+) -> None:
+    """Repack images once, smaller and in a few large files, so that every later run reads them faster.
+
+    It pays for photos of several megapixels, which take longer to decode than a step of training, for slow and network
+    disks, and for many small files. It does not pay for images that are about as large as the views are cut from.
+    JPEG files that are small enough and upright keep their bytes. The same command goes on after it was stopped; once
+    more with --split adds another split to the same folder.
+    """
+    from kinfold.data.pack import Packing
+    from kinfold.data.pack import pack as write
+    from kinfold.data.sources import open_source
+    from kinfold.evaluate.features import bar
+
+    how = Packing(split=split, short_side=short_side, quality=quality, png=png, format=format, shard_mb=shard_mb)
+    how.check()
+    if workers is not None and workers < 0:
+        raise UserError(f"--workers is {workers}; it has to be at least 0.")
+    images = open_source(source, split=split)
+    with bar("packing", len(images)) as advance:
+        packed = write(images, out, how, workers=workers, progress=advance)
+    before, after = packed.bytes_before / 1e6, packed.bytes_after / 1e6
+    typer.echo(
+        f"{packed.images:,} images are in {out}, {len(packed.shards)} file{'' if len(packed.shards) == 1 else 's'}: "
+        f"{before:,.1f} MB before, {after:,.1f} MB now. {packed.untouched:,} kept their bytes."
+    )
+    if packed.left_out:
+        names = list(packed.left_out)
+        more = f" and {len(names) - 3} more, all in {out / 'pack.json'}" if len(names) > 3 else ""
+        typer.echo(f"{len(names)} could not be read and were left out: {', '.join(names[:3])}{more}")
+    typer.echo(f"Next: kinfold pretrain {out}")
+
+
 recipes_app = typer.Typer(
     help="List the recipes, show one complete, or print the JSON schema.", invoke_without_command=True
 )

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from hostile import bytes_of
+from PIL import Image
 from tiny_recipes import tiny
 
 from kinfold.cli import default_folder, main
@@ -72,7 +73,7 @@ def test_help_is_answered_without_importing_what_is_slow() -> None:
         check=False,
     )
     assert ended.returncode == 0
-    for word in ("pretrain", "evaluate", "embed", "export", "recipes", "demo"):
+    for word in ("pretrain", "evaluate", "embed", "export", "pack", "recipes", "demo"):
         assert word in ended.stdout
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in ended.stderr.splitlines()}
     assert "typer" in imported
@@ -83,6 +84,23 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
     from kinfold import __version__
 
     assert command("--version", capture=capsys).out == f"kinfold {__version__}\n"
+
+
+def test_packing_says_what_it_made_and_what_to_run_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("a", "b"):
+        Image.new("RGB", (60, 40), "teal").save(folder / f"{name}.jpg")
+    (folder / "c.jpg").write_bytes(b"no image")
+    ended = command(
+        "pack", folder, tmp_path / "out", "--short-side", 20, "--format", "webdataset", "--workers", 0, capture=capsys
+    )
+    assert ended.code == 0
+    first, second, third = ended.out.splitlines()
+    assert first.startswith(f"2 images are in {tmp_path / 'out'}, 1 file: 0.0 MB before, 0.0 MB now. 0 kept")
+    assert second == f"1 could not be read and were left out: {folder / 'c.jpg'}"
+    assert third == f"Next: kinfold pretrain {tmp_path / 'out'}"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["pack.json", "train-00000-of-00001.tar"]
 
 
 # Ends.
@@ -100,6 +118,11 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
         ("embed", "no-such-run", "digits"),
         ("embed", "no-such-run", "digits", "--limit", "0"),
         ("export", "no-such-run", "x.safetensors"),
+        ("pack", "no-such-folder", "packed"),
+        ("pack", "digits", "packed", "--quality", "0"),
+        ("pack", "digits", "packed", "--format", "zip"),
+        ("pack", "digits", "packed", "--workers", "-1"),
+        ("pack", "digits", "packed", "--split", "dev"),
         ("recipes", "show", "digit"),
     ],
 )

@@ -65,7 +65,7 @@ def expand(pattern: str) -> list[str]:
 class TarSource:
     """The images of a row of tar files, in the order of files and members; `open_tars` makes it."""
 
-    def __init__(self, paths: Sequence[str], content: index.Index) -> None:
+    def __init__(self, paths: Sequence[str], content: index.Index, names: tuple[str, ...] | None = None) -> None:
         self.paths = tuple(paths)
         self._content = content
         self._attach()
@@ -74,8 +74,11 @@ class TarSource:
         self.labels: npt.NDArray[np.int64] | None = None
         if content.meta["labelled"]:
             self.labels = np.asarray(content.arrays["labels"])  # [N]
-            names = content.meta["classes"]
-            self.classes = None if names is None else tuple(names)
+            stated = content.meta["classes"]
+            if stated is not None:
+                self.classes = tuple(stated)
+            elif names is not None and self.labels.max() < len(names):
+                self.classes = names
         digest = hashlib.sha256()
         for array in ("offsets", "names", "shard", "place", "size", "labels"):
             digest.update(content.arrays[array].tobytes())
@@ -142,7 +145,17 @@ def open_tars(paths: Sequence[str], cache: Path | None = None) -> TarSource:
             found = ", ".join(f".{kind} ({count:,})" for kind, count in sorted(meta["ignored"].items()))
             raise UserError(f"{paths[0]} holds no image; it holds {found or 'nothing'}.")
         known = index.save(file, {**meta, "tars": signs}, arrays)
-    return TarSource(paths, known)
+    return TarSource(paths, known, _class_names(paths))
+
+
+def _class_names(paths: list[str]) -> tuple[str, ...] | None:
+    """The classes' names that `kinfold pack` left beside the tar files, which hold their numbers."""
+    try:
+        with open(os.path.join(os.path.dirname(paths[0]), "pack.json"), encoding="utf-8") as file:
+            names = json.load(file)["classes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return tuple(map(str, names)) if isinstance(names, list) else None
 
 
 def _scan(paths: list[str]) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
