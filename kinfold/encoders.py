@@ -86,9 +86,8 @@ class SplitBatchNorm(nn.BatchNorm2d):
             self.num_batches_tracked.add_(1)
         mean, var = self.running_mean, self.running_var
         if len(x) % splits == 0:
-            n, c, h, w = x.shape
-            # Groups become channels, so one call normalises all of them; `reshape` copies a channels-last tensor.
-            grouped = x.reshape(n // splits, splits * c, h, w)
+            c = x.shape[1]
+            grouped = _groups_as_channels(x, splits)  # [B / S, S · C, H, W]
             means = None if mean is None else mean.repeat(splits)
             variances = None if var is None else var.repeat(splits)
             weight = None if self.weight is None else self.weight.repeat(splits)
@@ -98,10 +97,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
                 with torch.no_grad():
                     mean.copy_(means.view(splits, c).mean(0))
                     var.copy_(variances.view(splits, c).mean(0))
-            last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-            return y.reshape(n, c, h, w).contiguous(
-                memory_format=torch.channels_last if last else torch.contiguous_format
-            )
+            return _channels_as_groups(y, splits)  # [B, C, H, W]
         y = torch.empty_like(x)
         found = []
         for s in range(splits):
@@ -115,6 +111,34 @@ class SplitBatchNorm(nn.BatchNorm2d):
                 mean.copy_(torch.stack([m for m, _ in found if m is not None]).mean(0))
                 var.copy_(torch.stack([v for _, v in found if v is not None]).mean(0))
         return y
+
+
+def _groups_as_channels(x: Tensor, splits: int) -> Tensor:
+    """Lay the groups of `[B, C, H, W]` side by side as channels, `[B / S, S · C, H, W]`: one call normalises all.
+
+    In the memory format that x has. A channels-last tensor moves in runs of C numbers; a plain `reshape` would
+    transpose it twice, which takes longer than the normalisation.
+    """
+    n, c, h, w = x.shape
+    if not _is_channels_last(x):
+        return x.reshape(n // splits, splits * c, h, w)
+    apart = x.permute(0, 2, 3, 1).reshape(n // splits, splits, h, w, c)
+    joined = apart.permute(0, 2, 3, 1, 4).reshape(n // splits, h, w, splits * c)
+    return joined.permute(0, 3, 1, 2)  # [B / S, S · C, H, W]
+
+
+def _channels_as_groups(y: Tensor, splits: int) -> Tensor:
+    """Undo `_groups_as_channels`."""
+    groups, channels, h, w = y.shape
+    n, c = groups * splits, channels // splits
+    if not _is_channels_last(y):
+        return y.reshape(n, c, h, w)
+    apart = y.permute(0, 2, 3, 1).reshape(groups, h, w, splits, c)
+    return apart.permute(0, 3, 1, 2, 4).reshape(n, h, w, c).permute(0, 3, 1, 2)  # [B, C, H, W]
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def split_batch_norm(module: nn.Module, splits: int) -> nn.Module:

@@ -62,6 +62,7 @@ class Learner(nn.Module):
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         # The number of the step again, where reading it does not make a device wait.
         self._step = 0
+        self._graphs = False
         self.register_load_state_dict_post_hook(_read_step)  # type: ignore[no-untyped-call]
 
     def forward(self, views: list[Tensor], index: Tensor, epoch: int) -> tuple[dict[str, Tensor], list[Memo]]:
@@ -70,7 +71,10 @@ class Learner(nn.Module):
         Returns the terms of the loss, scalars averaged over this rank's batch and joined over the pairs, and what
         the memory wants back, one memo a key view.
         """
-        queries = {view: self.encoder(views[view]) for view in self.views.queries}  # each [B, D]
+        if self._graphs:
+            # From here on the graphs may write over what they gave in the step before.
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        queries = {view: self._own(self.encoder(views[view])) for view in self.views.queries}  # each [B, D]
         keys = {view: self.keys(views[view], view) for view in self.views.keys}  # each [B · ranks, D]
         losses: dict[str, Tensor] = {}
         memos: dict[int | None, Memo] = {}
@@ -90,13 +94,13 @@ class Learner(nn.Module):
         if self.key_encoder is None:
             raise ValueError("This learner has no key encoder: its pairs have no key view.")
         if not self.shuffle_keys:
-            return distributed.gather(self.key_encoder(images))
+            return distributed.gather(self._own(self.key_encoder(images)))
         everything = distributed.gather(images)  # [B · ranks, C, H, W]
         order = permutation(SHUFFLE, self.seed, self._step, view, n=len(everything))
-        shuffled = torch.from_numpy(order).to(images.device)  # [B · ranks]
+        shuffled = torch.from_numpy(order).to(images.device, non_blocking=True)  # [B · ranks]
         # Without channels-last the copy above loses the memory format that the convolutions are fastest in.
         mine = everything[distributed.local_part(shuffled)].to(memory_format=_format_of(images))
-        gathered = distributed.gather(self.key_encoder(mine))  # [B · ranks, D]
+        gathered = distributed.gather(self._own(self.key_encoder(mine)))  # [B · ranks, D]
         return torch.empty_like(gathered).index_copy_(0, shuffled, gathered)
 
     @torch.no_grad()
@@ -113,6 +117,24 @@ class Learner(nn.Module):
             distributed.average_(b for n, b in self.named_buffers() if n.endswith(("running_mean", "running_var")))
         self.step += 1
         self._step += 1
+
+    def compile_encoders(self, *, graphs: bool = False) -> None:
+        """Compile both encoders (torch.compile); names and state stay as they are, results agree to rounding.
+
+        With `graphs` a GPU replays each encoder as one CUDA graph, for models so small that starting their kernels
+        takes longer than running them; a CPU compiles them as without. Each step is then one forward and one backward
+        pass, with gradients that are None before it (`zero_grad(set_to_none=True)`).
+        """
+        for encoder in (self.encoder, self.key_encoder):
+            if encoder is not None:
+                # The batches of a run have one size, and perhaps another at the end of an epoch: no need for code
+                # that suits any size.
+                encoder.compile(dynamic=False, mode="reduce-overhead" if graphs else None)
+        self._graphs = graphs
+
+    def _own(self, embeddings: Tensor) -> Tensor:
+        """The embeddings in memory of their own: a graph's next replay writes over what the last one gave."""
+        return embeddings.clone() if self._graphs else embeddings
 
     def synchronise_batch_norm(self) -> None:
         """Let batch norm see the batch of all processes (SyncBN). Does nothing in one process.

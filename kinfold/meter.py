@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast a run goes, and how much of its time it waits for images."""
+"""How fast a run goes, how much of its time it waits for images, and how often it stops to look."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+
+import torch
 
 from kinfold import distributed
 from kinfold.data.loader import Batch
@@ -36,3 +38,28 @@ class Meter:
         speed, waiting = self.images / seconds, min(self.waited / seconds, 1.0)
         self.images, self.waited, self.since = 0, 0.0, now
         return speed, waiting
+
+
+class Rounds:
+    """The steps after which the processes look up from their work together: about one a second.
+
+    Looking makes the host wait for its device, and the processes for each other, so it is not done at every step. All
+    have to do it at the same one; so how many steps go by until the next is reckoned from the slowest process's pace,
+    which is told to all.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.last, self.next = step, step + 1
+        self.since = time.monotonic()
+
+    def due(self, step: int) -> bool:
+        """Whether to look after `step`."""
+        return step >= self.next
+
+    def agree(self, step: int, signal: int, device: torch.device) -> int:
+        """The signal that any process has got, 0 if none has; to be called after the same steps in all of them."""
+        now = time.monotonic()
+        pace = round(1e6 * (now - self.since) / max(step - self.last, 1))  # microseconds a step
+        slowest = distributed.largest(pace, device)
+        self.last, self.next, self.since = step, step + max(1, min(100, 10**6 // max(slowest, 1))), now
+        return distributed.largest(signal, device)

@@ -23,7 +23,7 @@ from kinfold.evaluate.features import bar
 from kinfold.export import export_backbone
 from kinfold.interrupt import Interrupt
 from kinfold.log import MetricsLog, Sink, read_metrics
-from kinfold.meter import Meter
+from kinfold.meter import Meter, Rounds
 from kinfold.optim import build_optimizer
 from kinfold.probes import Probes
 from kinfold.reading import to_yaml
@@ -77,9 +77,7 @@ def pretrain(recipe: Recipe, run: Run, *, quiet: bool = False) -> Outcome:
         )
     probes = Probes(recipe, run, training.source, training.device, workers=training.loader.workers)
     if run.compile:
-        training.learner.encoder.compile()
-        if training.learner.key_encoder is not None:
-            training.learner.key_encoder.compile()
+        training.learner.compile_encoders(graphs=run.compile == "graphs")
     console = Console(training.steps, training.step, quiet=quiet)
     with claimed(training.folder, recipe, run, standing=standing) if main else nullcontext():
         greet(training, console, found)
@@ -94,7 +92,7 @@ def pretrain(recipe: Recipe, run: Run, *, quiet: bool = False) -> Outcome:
 
 def greet(training: Training, console: Console, found: checkpoint.Loaded | None) -> None:
     """Say what is about to be done, and what of it is not as it should be."""
-    for sentence in batch_norm_apart(training):
+    for sentence in (*batch_norm_apart(training), *training.loader.remarks):
         console.warn(sentence)
     console.say(
         f"{training.source.description}; {training.steps} steps of {training.recipe.batch_size} images on "
@@ -115,7 +113,7 @@ def loop(
     measures: dict[str, float] = {}
     batch: Batch | None = None
     terms: dict[str, float] = {}
-    meter, told = Meter(), 0
+    meter, rounds, told = Meter(), Rounds(training.step), 0
 
     def probe_if_due(epochs: int, seen: dict[str, float] | None = None) -> None:
         """After so many epochs, look at the encoder where the run asks for it; the main process does, others wait."""
@@ -145,16 +143,20 @@ def loop(
             rate, losses = training.rate, training.take_step(batch, epoch)
             step, last = training.step, training.step == training.steps
             told = name_unreadable(loader, training.source, console, told)
-            if step % run.log_every == 0 or last:
+            tell = step % run.log_every == 0 or last
+            due = step % per_epoch == 0 and (epoch + 1) % run.checkpoint_every == 0
+            due = due or (run.checkpoint_steps is not None and step % run.checkpoint_steps == 0)
+            # One process hears a signal at once; several have to stop at the same step, whichever was asked to.
+            signal = (interrupt.signal or 0) if distributed.world() == 1 else 0
+            if tell or due or step % per_epoch == 0 or rounds.due(step):
+                training.look()
+                signal = rounds.agree(step, interrupt.signal or 0, training.device)
+            if tell:
                 terms, (speed, waiting) = numbers(losses), meter.read()
                 console.update(step, epoch, speed, terms, waiting)
                 if log is not None:
                     extra = {"rate": rate, "images_per_second": speed, "waiting": waiting}
                     log.write(step, epoch, **terms, **extra, unreadable=len(loader.bad))
-            # Several processes have to stop at the same step, whichever of them was asked to.
-            signal = distributed.largest(interrupt.signal or 0, training.device)
-            due = step % per_epoch == 0 and (epoch + 1) % run.checkpoint_every == 0
-            due = due or (run.checkpoint_steps is not None and step % run.checkpoint_steps == 0)
             if due or signal or last:
                 if log is not None:
                     log.sync()
@@ -203,6 +205,13 @@ def begin(recipe: Recipe, run: Run, *, quiet: bool) -> Training:
     """Join the other processes, open folder and images, and make everything that trains, in its first state."""
     device = choose_device(run.device)
     distributed.start(device.type)
+    if run.compile == "graphs" and (recipe.accumulate > 1 or distributed.world() > 1):
+        # A graph's gradients lie in memory that its next replay writes over: they cannot be summed up or sent in peace.
+        raise UserError(
+            "compile=graphs is for one process that takes a batch in one part, but there are "
+            f"{distributed.world()} process(es) and accumulate={recipe.accumulate}. Take compile=true: models large "
+            "enough for that gain nothing from graphs."
+        )
     folder = open_run_folder(recipe, run)
     source = open_source(run.data, split=run.split, limit=run.limit)
     with bar(None if quiet or not distributed.is_main() else "reading the images", len(source)) as advance:
@@ -221,6 +230,10 @@ def begin(recipe: Recipe, run: Run, *, quiet: bool) -> Training:
             resident=run.resident,
             drop_last=recipe.drop_last,
             accumulate=recipe.accumulate,
+            epochs=recipe.epochs,
+            scaled_decode=recipe.images.scaled_decode,
+            decode=run.decode,
+            compiled=bool(run.compile) and device.type == "cuda",  # a CPU makes views faster without
             progress=advance,
         )
     learner = build_learner(recipe, images=len(source), weights=Path(run.weights) if run.weights else None)

@@ -7,8 +7,9 @@ the optimiser. So those two and the number of the step are a checkpoint.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,16 @@ def _fit_patches(backbone: nn.Module, recipe: Recipe) -> None:
             )
 
 
+class Taken(NamedTuple):
+    """A step that was given to the device."""
+
+    step: int
+    losses: dict[str, Tensor]
+    """its terms, scalars"""
+    images: Tensor
+    """int64 [B]: positions in the source of what this rank saw"""
+
+
 @dataclass(kw_only=True)
 class Training:
     """A learner, its optimiser, its images, and how many steps they have taken together."""
@@ -76,6 +87,8 @@ class Training:
     optimizer: torch.optim.Optimizer
     device: torch.device
     step: int = 0
+    unseen: list[Taken] = field(default_factory=list, init=False)
+    """steps whose losses nobody has looked at yet"""
 
     def __post_init__(self) -> None:
         self.half = (
@@ -83,6 +96,8 @@ class Training:
             and self.device.type == "cuda"
             and torch.cuda.is_bf16_supported(including_emulation=False)
         )
+        # On a CPU the losses are there when a step returns; elsewhere looking at them waits for all that was asked for.
+        self.looks_at_once = self.device.type == "cpu"
         self.wrapped: nn.Module = self.learner
         if distributed.world() > 1:
             # Buffers are equal on all ranks by construction: sending rank 0's would cost time and hide a fault.
@@ -112,8 +127,9 @@ class Training:
     def take_step(self, batch: Batch, epoch: int) -> dict[str, Tensor]:
         """Forward, backward, step, advance, on one batch in `recipe.accumulate` parts.
 
-        Returns the terms of the loss, scalars averaged over this rank's batch. Raises `UserError` where the loss is not
-        finite, before anything has changed.
+        Returns the terms of the loss, scalars averaged over this rank's batch. A GPU is not waited for: whether the
+        losses were finite says `look`. On a CPU looking costs nothing, so `UserError` is raised where they are not,
+        before anything has changed.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
@@ -135,29 +151,49 @@ class Training:
             memos.append(memo)
             for name, value in losses.items():
                 total[name] = total.get(name, torch.zeros_like(value)) + share * value.detach()
-        # Looked at once the device has all of its work, for looking makes it wait; nothing has been written yet.
-        if not torch.isfinite(torch.stack(list(total.values())).sum()):
-            raise UserError(self._not_finite(total, batch))
+        self.unseen.append(Taken(self.step, total, batch.index))
+        if self.looks_at_once:
+            self.look()
         self.optimizer.step()
         self.learner.advance(memos, momentum=self.momentum)
         self.step += 1
         return total
 
-    def _not_finite(self, losses: dict[str, Tensor], batch: Batch) -> str:
+    def look(self) -> None:
+        """Wait for the device, and look at the losses of all steps since the last look.
+
+        Raises `UserError` with the first step at which one was not finite, in all processes at once. To be called at
+        the same step in each of them, before a checkpoint is written and before losses are told.
+        """
+        if not self.unseen:
+            return
+        sums = torch.stack([torch.stack(list(taken.losses.values())).sum() for taken in self.unseen])  # [steps]
+        good = torch.isfinite(sums).tolist()
+        bad = next((taken for taken, fine in zip(self.unseen, good) if not fine), None)
+        # A loss that is no number makes the next step's no number in every process: only the first one tells why.
+        ours = self.step + 1 if bad is None else bad.step
+        first = -distributed.largest(-ours, self.device)
+        self.unseen.clear()
+        if bad is not None and bad.step == first:
+            raise UserError(self._not_finite(bad))
+        if first <= self.step:
+            raise UserError(f"The loss is not finite at step {first} in another process, which says more.")
+
+    def _not_finite(self, bad: Taken) -> str:
         """The message for a loss that is no number; all names of the batch go to a file."""
-        terms = ", ".join(f"{name} {float(value)}" for name, value in losses.items())
-        names = [self.source.name(int(i)) for i in batch.index]
-        where = self.folder / f"not-finite-{self.step:08d}-{distributed.rank()}.txt"
+        terms = ", ".join(f"{name} {float(value)}" for name, value in bad.losses.items())
+        names = [self.source.name(position) for position in bad.images.tolist()]
+        where = self.folder / f"not-finite-{bad.step:08d}-{distributed.rank()}.txt"
         try:
             where.write_text("\n".join(names) + "\n", encoding="utf-8")
             more = f" and {len(names) - 4} more, all in {where}" if len(names) > 4 else ""
         except OSError:
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
         # One of this very step holds the weights that gave this loss, so it is not a good one.
-        found = [p for p in checkpoint.standing(self.folder) if p.stem != f"step-{self.step:08d}"]
+        found = [p for p in checkpoint.standing(self.folder) if p.stem != f"step-{bad.step:08d}"]
         last = f"The last good checkpoint is {found[0]}." if found else "There is no checkpoint from before."
         return (
-            f"The loss is not finite at step {self.step}: {terms}. Images of this batch: {', '.join(names[:4])}{more}. "
+            f"The loss is not finite at step {bad.step}: {terms}. Images of this batch: {', '.join(names[:4])}{more}. "
             f"{last} Lower learning_rate.base, raise method.temperature, or set precision=fp32, and start a new run "
             "folder."
         )
@@ -165,8 +201,9 @@ class Training:
     def save(self) -> None:
         """Write a checkpoint; the main process does, the others wait.
 
-        Raises `UserError` where weights are not finite: nobody could go on from them.
+        Raises `UserError` where a loss or a weight is not finite: nobody could go on from that.
         """
+        self.look()
         for name, weight in self.learner.encoder.named_parameters():
             if not torch.isfinite(weight).all():
                 raise UserError(
@@ -174,9 +211,10 @@ class Training:
                     "learning_rate.base, or set precision=fp32, and start a new run folder."
                 )
         self.loader.bad.update(distributed.join(self.loader.bad))
+        learner = self.learner.state_dict()  # in every process: a divided bank is put together
         if distributed.is_main():
             state = {
-                "learner": self.learner.state_dict(),
+                "learner": learner,
                 "optimizer": self.optimizer.state_dict(),
                 "step": self.step,
                 "recipe": plain(self.recipe),

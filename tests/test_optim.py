@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -26,11 +27,12 @@ from kinfold.optim import (
 )
 
 
-def test_three_steps_of_lars_are_the_authors() -> None:
+@pytest.mark.parametrize("foreach", [False, True], ids=["one by one", "together"])
+def test_three_steps_of_lars_are_the_authors(foreach: bool) -> None:
     golden = load("sce_lars")
     names = ("W", "b", "Z")
     parameters = {n: nn.Parameter(golden[f"{n}0"].clone()) for n in names}
-    optimizer = Lars(parameters.values(), lr=4.8, momentum=0.9, weight_decay=0.01, trust=0.001)
+    optimizer = Lars(parameters.values(), lr=4.8, momentum=0.9, weight_decay=0.01, trust=0.001, foreach=foreach)
     for step in range(3):
         for n in names:
             parameters[n].grad = golden[f"g{n}{step}"].clone()
@@ -39,13 +41,91 @@ def test_three_steps_of_lars_are_the_authors() -> None:
             assert_close(parameters[n], golden[f"{n}{step + 1}"], f"{n} after step {step}")
 
 
-def test_lars_leaves_the_gradient_as_it_was_and_parameters_without_one_alone() -> None:
+@pytest.mark.parametrize("foreach", [False, True], ids=["one by one", "together"])
+def test_lars_leaves_the_gradient_as_it_was_and_parameters_without_one_alone(foreach: bool) -> None:
     weight, idle = nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.ones(2, 2))
     weight.grad = torch.randn(3, 2)
     before = weight.grad.clone()
-    Lars([weight, idle], lr=1.0, weight_decay=0.1).step()
+    Lars([weight, idle], lr=1.0, weight_decay=0.1, foreach=foreach).step()
     assert torch.equal(weight.grad, before)
     assert torch.equal(idle, torch.ones(2, 2))
+
+
+def test_lars_together_is_lars_one_by_one_to_the_bit_on_a_cpu() -> None:
+    # Weights of zero and gradients of zero are not scaled; biases are neither scaled nor decayed.
+    torch.manual_seed(2)
+    starts = [torch.randn(4, 3, 2), torch.randn(5), torch.zeros(3, 3), torch.randn(2, 2), torch.randn(())]
+    slopes = [[torch.randn_like(p) for p in starts] for _ in range(3)]
+    ends = []
+    for foreach in (False, True):
+        parameters = [nn.Parameter(p.clone()) for p in starts]
+        optimizer = Lars(parameters, lr=0.3, weight_decay=0.01, foreach=foreach)
+        for some in slopes:
+            for p, g in zip(parameters, some, strict=True):
+                p.grad = g.clone()
+            parameters[3].grad = torch.zeros(2, 2)
+            optimizer.step()
+        ends.append([*parameters, *(optimizer.state[p]["mu"] for p in parameters)])
+    for first, second in zip(*ends, strict=True):
+        assert torch.equal(first, second)
+
+
+def steps_of(
+    net: nn.Module, optimizer: torch.optim.Optimizer, steps: range, *, sizes: tuple[float, ...] = (0.1, 0.05)
+) -> None:
+    """Take steps with gradients that are a function of the step's number."""
+    for step in steps:
+        source = torch.Generator().manual_seed(step)
+        for p in net.parameters():
+            p.grad = torch.randn(p.shape, generator=source) if p.requires_grad else None
+        for group in optimizer.param_groups:
+            group["lr"] = sizes[step % len(sizes)]
+        optimizer.step()
+
+
+HOWS = [SGD(), SGD(nesterov=True, decay_all=False), AdamW(), LARS()]
+
+
+@pytest.mark.parametrize("how", HOWS, ids=repr)
+def test_a_fused_step_is_the_plain_one(how: SGD | AdamW | LARS) -> None:
+    nets = []
+    for fused in (False, True):
+        torch.manual_seed(4)
+        nets.append(Net())
+        steps_of(nets[-1], build_optimizer(how, nets[-1], fused=fused), range(20))
+    for plain, fast in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("how", HOWS, ids=repr)
+def test_each_form_goes_on_from_its_own_state_to_the_bit_and_from_the_others_closely(
+    how: SGD | AdamW | LARS, fused: bool
+) -> None:
+    def run(forms: tuple[bool, bool]) -> list[torch.Tensor]:
+        torch.manual_seed(4)
+        net = Net()
+        first = build_optimizer(how, net, fused=forms[0])
+        steps_of(net, first, range(5))
+        second = build_optimizer(how, net, fused=forms[1])
+        before = [group.get("fused") for group in second.param_groups]
+        second.load_state_dict(copy.deepcopy(first.state_dict()))
+        assert [group.get("fused") for group in second.param_groups] == before
+        steps_of(net, second, range(5, 10))
+        return [p.detach() for p in net.parameters()]
+
+    torch.manual_seed(4)
+    whole = Net()
+    steps_of(whole, build_optimizer(how, whole, fused=fused), range(10))
+    same, other = run((fused, fused)), run((not fused, fused))
+    for expected, own, near in zip(whole.parameters(), same, other, strict=True):
+        assert torch.equal(own, expected)
+        torch.testing.assert_close(near, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_on_a_cpu_the_plain_form_is_taken_unless_asked_otherwise() -> None:
+    assert not any(group["fused"] for group in build_optimizer(SGD(), Net()).param_groups)
+    assert all(group["fused"] for group in build_optimizer(SGD(), Net(), fused=True).param_groups)
 
 
 def test_lars_resumes_from_its_state() -> None:

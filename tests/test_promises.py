@@ -20,6 +20,7 @@ from kinfold.encoders import BatchNorm, Encoder
 from kinfold.learner import Learner
 from kinfold.memory import Bank, BankMemory, Queue, build_memory
 from kinfold.methods import CO2, SCE, InvP, Method, MoCo, ReSSL
+from kinfold.optim import SGD, build_optimizer
 
 if TYPE_CHECKING:
     from conftest import Case
@@ -228,12 +229,14 @@ def run(learner: Learner, case: Case, steps: range, optimizer: torch.optim.Optim
     return found
 
 
-@pytest.mark.parametrize("key_splits", [1, 4], ids=["whole", "split"])
-def test_all_state_is_in_one_state_dict(case: Case, key_splits: int) -> None:
+@pytest.mark.parametrize(("key_splits", "fused"), [(1, False), (4, True)], ids=["whole", "split and fused"])
+def test_all_state_is_in_one_state_dict(case: Case, key_splits: int, fused: bool) -> None:
     how = BatchNorm(shuffle_keys=True, key_splits=key_splits, query_splits=1)
 
     def sgd(learner: Learner) -> torch.optim.Optimizer:
-        return torch.optim.SGD(learner.encoder.parameters(), lr=0.1, momentum=0.9)
+        optimizer = build_optimizer(SGD(), learner.encoder, fused=fused)
+        optimizer.param_groups[0]["lr"] = 0.1
+        return optimizer
 
     first = case.learner(seed=1, batch_norm=how)
     optimizer = sgd(first)
