@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import sys
 from pathlib import Path
@@ -146,17 +147,21 @@ def test_the_overhead_benchmark_takes_turns_and_gives_medians(monkeypatch: pytes
     assert result["speed_share"] == 0.8
 
 
-def test_the_gpu_benchmark_fits_the_epochs_to_the_time_and_writes_what_it_found(
-    monkeypatch: pytest.MonkeyPatch,
+def test_the_gpu_benchmark_stops_with_its_minutes_and_goes_on_where_it_stopped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     benchmark = program("benchmarks/cifar10_gpu.py")
-    written: dict[str, object] = {}
-    monkeypatch.setattr(benchmark, "write", lambda name, result: written.update(result, file=name))
-    words = ["digits", "--data", "digits", "--device", "cpu", "--minutes", "0", "--name", "try", "--limit", "256"]
-    monkeypatch.setattr(sys, "argv", ["cifar10_gpu.py", *words, "backbone.name=resnet10_w8", "log_every=1"])
+    words = ["digits", "--data", "digits", "--device", "cpu", "--quick", "--limit", "256", "--out", str(tmp_path)]
+    settings = ["backbone.name=resnet10_w8", "log_every=1", "epochs=1", "learning_rate.warmup_epochs=0"]
+    monkeypatch.setattr(sys, "argv", ["cifar10_gpu.py", *words, "--minutes", "0", *settings])
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main()
+    assert stopped.value.code == benchmark.UNFINISHED
+    monkeypatch.setattr(sys, "argv", ["cifar10_gpu.py", *words, "--minutes", "5", *settings])
     benchmark.main()
-    assert written["file"] == "gpu-try"
-    assert written["epochs"] == 1  # no time at all: the least that can be said about a recipe
+    written = json.loads(capsys.readouterr().out.split("\n", 1)[1])
+    assert written["epochs"] == 1
     assert written["epochs_of_recipe"] == load("digits", run={"data": "-", "out": "-"})[0].epochs
-    assert 10 < float(str(written["knn_trained"])) <= 100
-    assert float(str(written["images_per_second"])) > 0
+    assert 10 < written["knn_trained"] <= 100
+    assert 10 < written["linear"] <= 100
+    assert written["images_per_second"] > 0
