@@ -157,7 +157,7 @@ def step_of(memory: Bank, index: Tensor) -> None:
 
 
 def test_no_step_holds_a_similarity_for_every_image() -> None:
-    images, batch = 200_000, 64
+    images, batch = 400_000, 64
     memory = Bank(images, 4, BankMemory(nearest=32))
     with Watching([memory.points, memory.neighbours]) as watched:
         step_of(memory, torch.randint(images, (batch,)))

@@ -70,7 +70,7 @@ def nearest_rows(
     where the host would have to wait for the number of survivors). Both find the same.
 
     Never holds all similarities: memory is that of the result, some 16 bytes for each of its candidates, and of blocks
-    of up to 2 million similarities, 4 million on other devices than CPUs. No gradient, and no autocast. Raises
+    of up to 4 million similarities. No gradient, and no autocast. Raises
     `ValueError` where shapes do not fit, `count` is not positive, row numbers leave 32 bits, or a device is to screen.
     """
     _check(queries, rows, count, first)
