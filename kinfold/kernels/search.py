@@ -21,9 +21,8 @@ Found = tuple[Tensor, Tensor]
 """Similarity `[Q, c]`, falling, and rows int64 `[Q, c]`."""
 
 _QUERIES = 4096  # queries that meet a block of rows together
-_CELLS = 1 << 22  # similarities of a block on a CPU: 16 MB, a part of the third-level cache
+_CELLS = 1 << 22  # similarities of a block: 16 MB, on a CPU a part of the third-level cache
 _KEYS = 1 << 22  # candidates that are kept at a time: 32 MB
-_CELLS_ELSEWHERE = 1 << 22  # and on other devices, where larger calls are better: 16 MB, and some 100 MB as keys
 _NARROWEST = 256  # rows of a block, however many queries meet it
 _ROOM = 512  # least number of candidates that are collected beside the best
 _NOTHING = torch.iinfo(torch.int64).min  # less than every candidate
@@ -101,8 +100,7 @@ def _check(queries: Tensor, rows: Tensor, count: int, first: int) -> None:
 
 def _search(queries: Tensor, rows: Tensor, count: int, first: int, known: Found | None, screened: bool) -> Found:
     """Search for few queries."""
-    cells = _CELLS if queries.device.type == "cpu" else _CELLS_ELSEWHERE
-    width = max(_NARROWEST, cells // max(1, len(queries)))
+    width = max(_NARROWEST, _CELLS // max(1, len(queries)))
     if queries.dtype == torch.float64:  # a key has no room for it
         for start in range(0, max(1, len(rows)), width):
             known = nearest_rows_dense(queries, rows[start : start + width], count, first=first + start, known=known)
