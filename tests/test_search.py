@@ -161,7 +161,6 @@ def test_all_similarities_are_never_in_memory(order: str, screened: bool, monkey
 
     monkeypatch.setattr(search, "_pack", watched)
     monkeypatch.setattr(search, "_CELLS", 1 << 12)
-    monkeypatch.setattr(search, "_CELLS_ELSEWHERE", 1 << 12)
     rows = torch.randn(20000, 1) if order == "random" else torch.arange(20000.0)[:, None]
     queries = torch.ones(7, 1)
     tracemalloc.start()
