@@ -12,7 +12,8 @@ smaller.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 
@@ -32,7 +33,8 @@ from kinfold.views import Views
 MARGIN = 1.5
 """so many pixels a pixel of the view, on either axis, has the crop of an image that is decoded at a fraction"""
 _LOOKED_AT = 8  # images that tell whether a set has large JPEGs
-_HELD = 32  # files that a worker holds at a time: a photo of 12 megapixels has 5 MB
+_HELD = 32  # images that a worker holds at a time, JPEGs as files: a photo of 12 megapixels has 5 MB,
+_HELD_BYTES = 2**26  # or fewer where they are large: what is no JPEG is held decoded
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,10 @@ class Cut:
     """int64 [B]: the positions shown, stand-ins for those that did not decode"""
     bad: dict[int, str]
     """position -> reason"""
-    jpegs: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
-    """row -> file uint8 [bytes] and EXIF orientation, of those left to be decoded and cut elsewhere"""
+    jpegs: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """row -> bytes of the file and EXIF orientation, of those left to be decoded and cut elsewhere"""
+    files: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    """uint8 [bytes]: these files, one behind the other; a tensor of each would take a file descriptor of each"""
 
     def pin_memory(self) -> Cut:
         """Copy the tensors to memory from which a GPU copies while the CPU goes on."""
@@ -72,28 +76,46 @@ class Cutting:
         sizes = [augmentation.size for augmentation in self.views.augment]
         crops = pixel_memory([(len(task.positions), self.channels, size, size) for size in sizes])  # [B, C, S, S] each
         bad: dict[int, str] = {}
-        jpegs: dict[int, tuple[Tensor, int]] = {}
+        left: dict[int, Jpeg] = {}
         parts, index = [], task.positions.copy()  # [B]
-        for start in range(0, len(index), _HELD):
+        start = 0
+        while start < len(index):
             some = slice(start, start + _HELD)
-            drawn, left = self._some(task.epoch, index[some], [crop[some] for crop in crops], bad)
+            drawn, jpegs = self._some(task.epoch, index[some], [crop[some] for crop in crops], bad)
             parts.append(drawn)
-            jpegs |= {start + row: jpeg for row, jpeg in left.items()}
+            left |= {start + row: jpeg for row, jpeg in jpegs.items()}
+            start += len(drawn[0].box)
         drawn = [Drawn.join(numbers) for numbers in zip(*parts)]
-        return Cut(crops, drawn, torch.from_numpy(index), bad, jpegs)
+        cut = Cut(crops, drawn, torch.from_numpy(index), bad)
+        if not left:
+            return cut
+        files = bytearray().join(jpeg.file for jpeg in left.values())
+        jpegs_left = {row: (len(jpeg.file), jpeg.orientation) for row, jpeg in left.items()}
+        return replace(cut, jpegs=jpegs_left, files=torch.frombuffer(files, dtype=torch.uint8))
 
     def _some(
         self, epoch: int, index: NDArray[np.int64], crops: list[Tensor], bad: dict[int, str]
-    ) -> tuple[list[Drawn], dict[int, tuple[Tensor, int]]]:
-        """Cut the views of images `index` [n] into `crops`, put into it those that were shown; give what is left."""
-        jpegs: dict[int, tuple[Tensor, int]] = {}
-        tried: list[dict[int, str]] = [{} for _ in index]
-        found = [self.looked(int(position), epoch, reasons) for position, reasons in zip(index, tried)]
+    ) -> tuple[list[Drawn], dict[int, Jpeg]]:
+        """Cut the views of the first images of `index` [n], as many as may be held at a time, into `crops`.
+
+        Puts into `index` those that were shown; gives their numbers, and by row the JPEGs that are left.
+        """
+        jpegs: dict[int, Jpeg] = {}
+        tried: list[dict[int, str]] = []
+        found: deque[tuple[int, Jpeg | Whole]] = deque()
+        held = 0
+        while len(found) < len(index) and held < _HELD_BYTES:
+            tried.append({})
+            shown, image = self.looked(int(index[len(found)]), epoch, tried[-1])
+            found.append((shown, image))
+            held += len(image.file) if isinstance(image, Jpeg) else image.pixels.nbytes
         drawn = self.numbers(epoch, found)
-        for row, (position, (shown, image)) in enumerate(zip(index.tolist(), found)):
+        for row, position in enumerate(index[: len(found)].tolist()):
+            # Taken out, so that neither file nor pixels are held while the others are decoded.
+            shown, image = found.popleft()
             index[row] = shown
             if self.leave_jpegs and isinstance(image, Jpeg) and image.plain:
-                jpegs[row] = torch.frombuffer(bytearray(image.file), dtype=torch.uint8), image.orientation  # [bytes]
+                jpegs[row] = image
                 bad.update(tried[row])
                 continue
             while True:
@@ -105,7 +127,6 @@ class Cutting:
                     shown, image = self.looked(position, epoch, tried[row])
                     for numbers, own in zip(drawn, self.numbers(epoch, [(shown, image)])):
                         put(own, numbers, row)
-            found[row] = shown, Whole(whole.pixels[:0])  # the file is not needed any more
             index[row] = shown
             for crop, numbers in zip(crops, drawn):
                 top, left, height, width = numbers.box[row].tolist()
@@ -124,7 +145,7 @@ class Cutting:
                     tried[candidate] = error.reason
         raise UserError(no_readable_image(self.source, tried))
 
-    def numbers(self, epoch: int, images: Sequence[tuple[int, Jpeg | Whole]]) -> list[Drawn]:
+    def numbers(self, epoch: int, images: Collection[tuple[int, Jpeg | Whole]]) -> list[Drawn]:
         """Draw all views' numbers for images whose positions and sizes are known."""
         position = np.array([shown for shown, _ in images], dtype=np.int64)  # [n]
         height, width = np.array([(image.height, image.width) for _, image in images], dtype=np.int64).T  # each [n]

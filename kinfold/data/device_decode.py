@@ -74,9 +74,11 @@ class DeviceDecode:
 
     def _images(self, cut: Cut) -> list[Tensor | None]:
         """The decoded JPEGs, uint8 [3, H, W] each; None for one that does not decode."""
-        files = [file for file, _ in cut.jpegs.values()]
+        if not cut.jpegs:
+            return []
+        files = list(torch.split(cut.files, [size for size, _ in cut.jpegs.values()]))
         try:
-            return list(self._decode(files)) if files else []
+            return list(self._decode(files))
         except RuntimeError:  # no word of which one it was
             return [self._one(file) for file in files]
 

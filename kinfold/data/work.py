@@ -297,7 +297,7 @@ class _PixelMemory:
         held = self._sets[self._turn]
         self._turn = (self._turn + 1) % len(self._sets)
         sizes = [math.prod(shape) for shape in shapes]
-        if [len(one) for one in held] < sizes or len(held) != len(sizes):
+        if len(held) != len(sizes) or any(len(one) < size for one, size in zip(held, sizes)):
             held[:] = [torch.empty(size, dtype=torch.uint8).share_memory_() for size in sizes]  # type: ignore[no-untyped-call]
         return [one[:size] for one, size in zip(held, sizes)]
 
