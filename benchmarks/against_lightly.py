@@ -179,7 +179,7 @@ def page(result: dict[str, Any]) -> dict[str, Any]:
     learnt = [
         f"{name} ends after {len(found['losses'])} steps ({result['epochs']} epochs) at a loss of "
         f"{statistics.mean(found['losses'][-20:]):.2f} and a k-NN of {found['knn']:.1f} % (untrained "
-        f"{found['knn_untrained']:.1f} %), {found['seconds_whole_run']:.0f} s for the whole run"
+        f"{found['knn_untrained']:.1f} %), {found['seconds_whole_run']:.0f} s for the whole run, each by its own clock"
         for name, found in runs.items()
     ]
     text = [
@@ -187,7 +187,7 @@ def page(result: dict[str, Any]) -> dict[str, Any]:
         f"keys, {result['threads']} threads, no accelerator. Everything is in these figures: making the views, both "
         "encoders, loss, optimiser, momentum, memory, log. Images lie decoded in memory on both sides. lightly's "
         f"workers are processes beside the {result['threads']} threads. `{BARE}` is query forward and backward, key "
-        "forward and optimiser on tensors that lie ready, in channels-last; it has no split batch norm. Processes took "
+        "forward and optimiser on tensors that lie ready, in channels-last. Processes took "
         f"turns, {result['rounds']} rounds of {result['steps']} steps, the first {WARM_UP} of each left out.",
         "It learns as well: " + "; ".join(learnt) + ".",
         "What differs: kinfold normalises keys in 8 groups and shuffles them before (as MoCo does on 8 GPUs); "

@@ -200,6 +200,9 @@ def page(result: dict[str, Any], picture: Path | None) -> dict[str, Any]:
     if both.get("dense"):
         share = both["blocked"]["bytes"] / both["dense"]["bytes"]
         text += f" Its memory is {100 * share:.1f} % of the dense search's."
+    compared = [("s", seconds["blocked"]["median"], seconds["dense"]["median"])]
+    if both.get("dense"):
+        compared.append(("MB", both["blocked"]["bytes"] / 1e6, both["dense"]["bytes"] / 1e6))
     page: dict[str, Any] = {
         "title": "The search in a bank of one key per image (InvP)",
         "text": [
@@ -210,6 +213,16 @@ def page(result: dict[str, Any], picture: Path | None) -> dict[str, Any]:
             text,
         ],
         "table": {"columns": ["images", "s, blocked", "s, dense", "MB, blocked", "MB, dense"], "rows": table},
+        "summary": [
+            {
+                "question": f"the {result['nearest']:,} nearest of {at:,} rows for {result['queries']} queries, "
+                f"{'time' if unit == 's' else 'memory beyond the bank'}",
+                "ours": f"{ours:.3g} {unit}",
+                "alternative": f"{theirs:.3g} {unit} (dense product and top-k)",
+                "ratio": f"{theirs / ours:.1f}×",
+            }
+            for unit, ours, theirs in compared
+        ],
     }
     return page if picture is None else {**page, "charts": [picture.name]}
 

@@ -91,6 +91,17 @@ def page(result: dict[str, Any]) -> dict[str, Any]:
             "columns": ["", "seconds (median)", "range", "times Kinfold's", "neighbours in common"],
             "rows": rows,
         },
+        "summary": [
+            {
+                "question": f"{result['neighbours']} nearest of {result['bank']:,} rows of {result['width']} for "
+                f"{result['queries']:,} queries",
+                "ours": f"{result['seconds']['kinfold']['median']:.2f} s",
+                "alternative": f"{result['seconds'][other]['median']:.2f} s ({other})",
+                "ratio": f"{result['seconds'][other]['times_ours']:.2f}×",
+            }
+            for other in result["seconds"]
+            if other != "kinfold"
+        ],
     }
 
 

@@ -5,9 +5,8 @@
     python benchmarks/performance.py --check    says whether it would change, by its exit code
 
 A result file that stands on the page has an entry "page", written by the script that measured it: a title, paragraphs,
-a table, charts, and perhaps rows for the summary at the top. Without rows of its own a file's contenders that were
-timed in turns are summed up. `performance_sections.py` says which files are looked for, in which order, and with which
-command each is made: where a file is missing the page says "not measured yet".
+a table, charts, and rows for the summary at the top. `performance_sections.py` says which files are looked for, in
+which order, and with which command each is made: where a file is missing the page says "not measured yet".
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +23,6 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
 NOT_YET = "not measured yet"
-MOST = 4
-"""groups of contenders of one file that have a row each in the summary; more share one row"""
 
 
 def read(name: str) -> dict[str, Any] | None:
@@ -114,55 +110,10 @@ def table(columns: list[str], rows: list[list[str]]) -> list[str]:
     return [*lines, *(f"| {' | '.join(map(cell, row))} |" for row in rows)]
 
 
-def time_text(seconds: float) -> str:
-    """Seconds in the unit in which they have a digit before the point."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds * 1e9:.3g} ns"
-
-
-def in_turns(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
-    """Every group of contenders that were timed in turns, wherever it stands in a result."""
-    if isinstance(value, list):
-        for number, one in enumerate(value):
-            yield from in_turns(one, (*path, str(number)))
-    if not isinstance(value, dict):
-        return
-    timed = {name: one for name, one in value.items() if isinstance(one, dict) and "median" in one}
-    if any("times_ours" in one for one in timed.values()) and "times_ours" not in next(iter(timed.values())):
-        yield path, timed
-        return
-    for name, one in value.items():
-        if name != "page":
-            yield from in_turns(one, (*path, name))
-
-
-def fastest(timed: dict[str, Any]) -> str:
-    """The contender nearest to ours; another form of ours is none."""
-    first, *others = timed
-    theirs = [name for name in others if not name.startswith("ours")] or others or [first]
-    return min(theirs, key=lambda name: timed[name]["times_ours"])
-
-
 def summed_up(wanted: Wanted, result: dict[str, Any]) -> list[list[str]]:
-    """The rows of one file in the summary: its own, or its contenders, ours beside the fastest of the others."""
-    given = result["page"].get("summary")
-    if given is not None:
-        return [[row["question"], row["ours"], row["alternative"], row["ratio"], link(wanted.name)] for row in given]
-    groups = list(in_turns(result))
-    if len(groups) > MOST:
-        ratios = [timed[fastest(timed)]["times_ours"] for _, timed in groups]
-        span = f"{min(ratios):.1f} to {max(ratios):.1f}×"
-        return [[wanted.question, "see below", f"the fastest in each of {len(groups)} cases", span, link(wanted.name)]]
-    rows = []
-    for path, timed in groups:
-        ours, best = next(iter(timed.values())), fastest(timed)
-        question = wanted.question if len(groups) == 1 else f"{wanted.question} ({', '.join(path)})"
-        theirs = f"{time_text(timed[best]['median'])} ({best})"
-        ratio = f"{timed[best]['times_ours']:.2f}×"
-        rows.append([question, time_text(ours["median"]), theirs, ratio, link(wanted.name)])
-    return rows or [[wanted.question, "see below", "", "", link(wanted.name)]]
+    """The rows of one file in the summary: a script says what it compares, since a name does not."""
+    given = result["page"].get("summary", [])
+    return [[row["question"], row["ours"], row["alternative"], row["ratio"], link(wanted.name)] for row in given]
 
 
 def summary() -> list[str]:

@@ -44,13 +44,13 @@ SECTIONS = (
         (
             Wanted(
                 "augment-speed",
-                "two augmented views of a batch at 224 and 32 px, on the CPU",
+                "augmenting a batch at 224 and 32 px, on the CPU",
                 f"{WITH} benchmarks/augment_speed.py",
             ),
             Wanted(
                 "gpu-augment-speed",
-                "two augmented views of a batch at 224 and 32 px, on one GPU",
-                "python benchmarks/augment_speed.py --device cuda",
+                "augmenting a batch at 224 and 32 px, on one GPU",
+                f"{WITH} benchmarks/augment_speed.py --device cuda",
             ),
         ),
     ),

@@ -95,25 +95,6 @@ def test_a_file_brings_its_text_its_table_its_chart_and_how_it_came_to_be(
     assert row == "| help | 0.2 s | 2 s | 10× | [startup.json](../benchmarks/results/startup.json) |"
 
 
-def test_contenders_in_turns_are_summed_up_beside_the_fastest_that_is_not_ours(
-    page: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(page, "RESULTS", tmp_path)
-    shown = {"title": "k-NN", "text": [], "table": {"columns": ["a"], "rows": [["1"]]}}
-    seconds = {
-        "ours": {"median": 0.0021},
-        "ours, compiled": {"median": 0.001, "times_ours": 0.5},
-        "slow": {"median": 20.0, "times_ours": 9000.0},
-        "near": {"median": 0.0042, "times_ours": 2.0},
-    }
-    write(tmp_path, "knn-speed", {"seconds": seconds, "page": shown})
-    row = next(row for row in page.summary() if "knn-speed.json" in row)
-    assert "| 2.1 ms | 4.2 ms (near) | 2.00× |" in row
-    write(tmp_path, "knn-speed", {"timed": [{"seconds": seconds} for _ in range(page.MOST + 1)], "page": shown})
-    row = next(row for row in page.summary() if "knn-speed.json" in row)
-    assert "| the fastest in each of 5 cases | 2.0 to 2.0× |" in row
-
-
 def test_files_of_one_question_share_a_table_and_missing_ones_are_named_under_it(
     page: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

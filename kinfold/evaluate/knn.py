@@ -131,7 +131,7 @@ def knn_scores(
     temperature: float,
     classes: int,
     exclude_self: bool = False,
-    block: int = 1024,
+    block: int = 4096,
 ) -> Tensor:
     """Score every class for every query: float64 [Q, C] on the CPU, Σ exp(cosine / T) over the k nearest.
 
@@ -164,7 +164,7 @@ def nearest(
     *,
     k: int,
     exclude_self: bool = False,
-    block: int = 1024,
+    block: int = 4096,
     bank_block: int | None = None,
     device: torch.device | None = None,
 ) -> Iterator[Neighbours]:
