@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hostile import bytes_of, photos
@@ -175,6 +177,36 @@ def test_an_image_that_was_written_again_is_decoded_again(folder: Path, tmp_path
     assert after.images[9, 0].eq(255).all()
     assert torch.equal(after.images[10:], before.images[10:])
     assert opened(folder, tmp_path / "cache", channels=1).images.shape == (30, 1, 20, 23)
+
+
+def test_an_image_that_could_not_be_read_for_a_while_is_not_lost_to_later_runs(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_source(str(folder))
+
+    def fail(position: int) -> bytes:
+        if position == 5:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return type(source).read(source, position)
+
+    monkeypatch.setattr(source, "read", fail)
+    first = open_resident(asked(source, tmp_path / "cache"))
+    assert first is not None
+    assert list(first.bad) == [2, 5]
+    second = opened(folder, tmp_path / "cache")
+    assert list(second.bad) == [2]
+    assert second.images[5].any()
+
+
+def test_a_table_of_paths_has_other_pixels_when_the_files_there_are_written_again(tmp_path: Path) -> None:
+    Image.new("RGB", (20, 20), "blue").save(tmp_path / "a.png")
+    paths = pa.array([{"bytes": None, "path": "a.png"}], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    pq.write_table(pa.table({"image": paths}), tmp_path / "table.parquet")
+    source = open_source(str(tmp_path / "table.parquet"), cache=tmp_path / "cache")
+    before = cached.key_of(source, (1, 3, 20, 20))
+    assert cached.key_of(source, (1, 3, 20, 20)) == before
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
+    assert cached.key_of(source, (1, 3, 20, 20)) != before
 
 
 def test_a_tar_that_was_written_again_with_the_same_places_is_decoded_again(

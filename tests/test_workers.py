@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 from test_loader import MEAN, STD, VIEWS, InMemory, even, make, mixed, same
 
+from kinfold.data import cutting
 from kinfold.data.crop import crop_reduced_into, crop_resize, crop_resize_into
 from kinfold.data.cutting import MARGIN, Cutting
 from kinfold.data.decode import Undecodable, look
@@ -389,6 +391,38 @@ def test_crops_of_files_decoded_elsewhere_are_those_of_the_workers_within_a_leve
     for a, b, c, d in zip(finished.crops, plain.crops, finished.drawn, plain.drawn):
         assert (a.int() - b.int()).abs().max() <= 1
         assert np.array_equal(c.box, d.box)
+
+
+@pytest.mark.parametrize("source", [Photos, InMemory])
+def test_a_worker_does_not_hold_a_whole_batch_decoded(source, monkeypatch):
+    work, task = Cutting(source([(400, 500)] * 12), LARGE, 3, 5), Task(0, np.arange(12))
+    all_held = work(task)
+    monkeypatch.setattr(cutting, "_HELD_BYTES", 2**20)
+    tracemalloc.start()
+    try:
+        together = work(task)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 6 * 400 * 500 * 3  # of 12
+    for a, b in zip(together.crops, all_held.crops):
+        assert torch.equal(a, b)
+
+
+def test_files_left_to_a_device_leave_a_worker_together():
+    source = Photos([(60, 80)] * 9)
+    left = Cutting(source, LARGE, 3, 5, leave_jpegs=True)(Task(0, np.arange(9)))
+    assert left.files.numpy().tobytes() == b"".join(source.files)
+    assert [size for size, _ in left.jpegs.values()] == [len(file) for file in source.files]
+
+
+def test_a_decoder_that_refuses_everything_is_told_before_the_first_step(monkeypatch):
+    def refuse(files, **how):
+        raise RuntimeError("not compiled with nvJPEG support\nsomewhere")
+
+    monkeypatch.setattr("torchvision.io.decode_jpeg", refuse)
+    with pytest.raises(UserError, match=r"does not decode here \(not compiled with nvJPEG support\)\. Set decode=cpu"):
+        nvjpeg(torch.device("cuda"))
 
 
 def test_a_tensor_is_turned_as_an_array_is():

@@ -90,8 +90,8 @@ class Cutting:
         if not left:
             return cut
         files = bytearray().join(jpeg.file for jpeg in left.values())
-        jpegs_left = {row: (len(jpeg.file), jpeg.orientation) for row, jpeg in left.items()}
-        return replace(cut, jpegs=jpegs_left, files=torch.frombuffer(files, dtype=torch.uint8))
+        told = {row: (len(jpeg.file), jpeg.orientation) for row, jpeg in left.items()}
+        return replace(cut, jpegs=told, files=torch.frombuffer(files, dtype=torch.uint8))
 
     def _some(
         self, epoch: int, index: NDArray[np.int64], crops: list[Tensor], bad: dict[int, str]

@@ -8,12 +8,14 @@ For the same decoded pixels the crops are the workers' within one level of 255.
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import final
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
@@ -42,6 +44,15 @@ def nvjpeg(device: torch.device) -> Decode:
             warnings.simplefilter("ignore")
             return list(decode_jpeg(files, mode=ImageReadMode.RGB, device=device))
 
+    # Tried here: later a decoder that refuses everything would look like files that are damaged.
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(file, "JPEG")
+    try:
+        decode([torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)])
+    except RuntimeError as error:
+        raise UserError(
+            f"decode=device: nvJPEG does not decode here ({str(error).splitlines()[0]}). {advice}"
+        ) from error
     return decode
 
 

@@ -24,7 +24,8 @@ from torch import Tensor
 _ONE_PRODUCT = 2.5  # up to this reduction in size the weights have 16 bits or fewer after the point
 _MOST_BITS = 22
 _PART = 256.0  # where weights are cut in two: both halves are exact in bfloat16, and in TF32
-_PLACES = 2**22  # numbers of a piece of a batch on a CPU: 16 MiB of float32
+_PLACES = 2**22  # numbers of a piece of a batch on a CPU: 16 MiB of float32,
+_PLACES_ON_DEVICE = 2**28  # and elsewhere: 1 GiB, which 512 images of 3 x 256 x 256 stay below
 _AT_ONCE = 2**20  # weights that are worked out together
 
 
@@ -43,9 +44,11 @@ def _crop_levels(pixels: Tensor, index: Tensor, boxes: NDArray[np.int64], size: 
     where = torch.from_numpy(boxes).to(pixels.device, non_blocking=True)  # [B, 4]
     single = boxes[:, 2:].max(initial=0) <= _ONE_PRODUCT * size and _in_full(pixels.device)
     made = pixels.new_empty(count, channels, size, size)  # [B, C, size, size]
-    # On a CPU the batch goes through in pieces, so that what lies between the two products stays near.
-    piece = max(1, _PLACES // (channels * height * max(width, size))) if pixels.device.type == "cpu" else count
-    for first in range(0, count, max(piece, 1)):
+    # The batch goes through in pieces: on a CPU so that what lies between the two products stays near, elsewhere so
+    # that large images do not take the memory that the model needs.
+    places = _PLACES if pixels.device.type == "cpu" else _PLACES_ON_DEVICE
+    piece = max(1, places // (channels * height * max(width, size)))
+    for first in range(0, count, piece):
         some = slice(first, first + piece)
         top, left, tall, wide = where[some].unbind(1)  # each [b]
         images = pixels.index_select(0, index[some]).to(torch.float32)  # [b, C, H, W]

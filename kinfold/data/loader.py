@@ -28,6 +28,7 @@ from kinfold.data.cutting import Cut, Cutting, scalable
 from kinfold.data.decode import Undecodable
 from kinfold.data.device_decode import DeviceDecode, nvjpeg
 from kinfold.data.finish import finish
+from kinfold.data.pixels import Pixels
 from kinfold.data.resident import Asked, open_resident, readable, resident_views
 from kinfold.data.sources import Source
 from kinfold.data.transfer import Transfer
@@ -180,7 +181,7 @@ class Loader:
             raise ValueError(f"start_step: 0 to {self.steps_per_epoch}, but got {start_step}")
         if self._pixels is not None:
             for task in self._tasks(epoch)[start_step:]:
-                yield self._from_resident(self._pixels.images, task)
+                yield self._from_resident(self._pixels, task)
             return
         cuts = self._cuts(epoch, start_step)
         for _ in range(start_step, self.steps_per_epoch):
@@ -219,13 +220,14 @@ class Loader:
         starts = range(0, self._used, self._batch_size)
         return [Task(epoch, order[s : s + self._batch_size][self._rank :: self._world].copy()) for s in starts]
 
-    def _from_resident(self, images: Tensor, task: Task) -> Batch:
+    def _from_resident(self, pixels: Pixels, task: Task) -> Batch:
         """Cut and change a step's images on the device."""
-        if self.bad:
-            shown = readable(task.positions.tolist(), self.bad, self._source, seed=self._seed, epoch=task.epoch)
+        # Not `self.bad`, which callers add to: what a checkpoint or another process could not read may be here.
+        if pixels.bad:
+            shown = readable(task.positions.tolist(), pixels.bad, self._source, seed=self._seed, epoch=task.epoch)
             task = Task(task.epoch, np.array(shown, dtype=np.int64))
         made = resident_views(
-            images,
+            pixels.images,
             task.positions,
             task,
             self._views,

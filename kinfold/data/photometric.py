@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kinfold.data.augment import BRIGHTNESS, CONTRAST, HUE, SATURATION, Drawn, Flags, Floats
+from kinfold.devices import to_device
 
 _CACHE = 2**19  # numbers of a piece of a batch on a CPU: 2 MiB of float32; images of a quarter of it go alone
 _LAST_BIT = math.sqrt(2.0 * 24.0 * math.log(2.0))  # so many sigmas away a bell has fallen to 2**-24
@@ -202,13 +203,13 @@ def taps(drawn: Drawn) -> tuple[Floats, NDArray[np.int64]]:
 def channels(numbers: Sequence[float], device: torch.device) -> Tensor:
     """One number a channel, to go with images: [C, 1, 1]."""
     # Made here and sent: made there, torch would wait for the device.
-    return torch.tensor(numbers, dtype=torch.float32).to(device, non_blocking=True)[:, None, None]
+    return to_device(torch.tensor(numbers, dtype=torch.float32), device)[:, None, None]
 
 
 def send(numbers: NDArray[np.float32], device: torch.device) -> Tensor:
     """All of a step's numbers in one transfer that nobody waits for."""
     tensor = torch.from_numpy(numbers)
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    return to_device(tensor.pin_memory() if device.type == "cuda" else tensor, device)
 
 
 def zero_to_one(images: Tensor) -> Tensor:
@@ -218,7 +219,7 @@ def zero_to_one(images: Tensor) -> Tensor:
 
 
 def _take(images: Tensor, rows: NDArray[np.int64]) -> Tensor:
-    return images.index_select(0, torch.from_numpy(rows).to(images.device, non_blocking=True))
+    return images.index_select(0, to_device(torch.from_numpy(rows), images.device))
 
 
 def _where(mask: Flags, images: Tensor, change: Callable[..., object], *columns: Tensor) -> None:
@@ -233,7 +234,7 @@ def _where(mask: Flags, images: Tensor, change: Callable[..., object], *columns:
     if last - first == len(rows):
         change(images[first:last], *(column[first:last] for column in columns))
         return
-    index = torch.from_numpy(rows).to(images.device, non_blocking=True)  # [n]
+    index = to_device(torch.from_numpy(rows), images.device)  # [n]
     some = images.index_select(0, index)  # [n, C, S, S]
     change(some, *(column.index_select(0, index) for column in columns))
     images.index_copy_(0, index, some)

@@ -41,7 +41,8 @@ KEPT_FROM = 2**23
 
 _LOOKED_AT = 64  # images that decide whether all may be of one size,
 _LOOKED_AT_PIXELS = 2**24  # or fewer where they are large: decoding the set shows it too
-_DECODED_AT_ONCE = 256
+_DECODED_AT_ONCE = 256  # images of a task,
+_DECODED_BYTES = 2**24  # or fewer where they are large: every worker has several tasks' results on their way
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +159,7 @@ def _from_disk_or_files(asked: Asked, shape: tuple[int, ...], several: bool) -> 
     if np.prod(shape, dtype=np.int64) < KEPT_FROM:
         return _decoded(asked, shape)
     folder, key = cached.folder_of(asked.cache), cached.key_of(asked.source, shape)
-    found = cached.find(folder, key, shape, asked.say)
+    found = _kept(asked, shape, folder, key)
     if not several:
         return found or _decoded_and_kept(asked, shape, folder, key)
     if not distributed.largest(int(found is None), asked.device):
@@ -178,7 +179,25 @@ def _from_disk_or_files(asked: Asked, shape: tuple[int, ...], several: bool) -> 
         if message:
             raise UserError(message)
         return None
-    return found or cached.find(folder, key, shape, asked.say) or _decoded(asked, shape)
+    return found or _kept(asked, shape, folder, key) or _decoded(asked, shape)
+
+
+def _kept(asked: Asked, shape: tuple[int, ...], folder: Path, key: str) -> Pixels | None:
+    """The set from the cache; None where there is none, or one of its unreadable images can be read by now.
+
+    A disk that failed for a moment or a file that was forbidden leaves no trace in the file's size and time.
+    """
+    found = cached.find(folder, key, shape, asked.say)
+    if found is not None and any(_decodes(asked, position) for position in found.bad):
+        return None
+    return found
+
+
+def _decodes(asked: Asked, position: int) -> bool:
+    with suppress(Undecodable):
+        read(asked.source, position, asked.channels)
+        return True
+    return False
 
 
 def _decoded_and_kept(asked: Asked, shape: tuple[int, ...], folder: Path, key: str) -> Pixels | None:
@@ -192,8 +211,8 @@ def _decoded(asked: Asked, shape: tuple[int, ...]) -> Pixels | None:
     """Decode the whole set to `shape` [N, C, H, W]; None, or an error where it is wanted, if an image has another."""
     source, bad = asked.source, dict[int, str]()
     images = torch.empty(shape, dtype=torch.uint8)  # [N, C, H, W]
-    starts = range(0, shape[0], _DECODED_AT_ONCE)
-    tasks = [Task(0, np.arange(s, min(s + _DECODED_AT_ONCE, shape[0]))) for s in starts]
+    step = max(1, min(_DECODED_AT_ONCE, _DECODED_BYTES // int(np.prod(shape[1:]))))
+    tasks = [Task(0, np.arange(s, min(s + step, shape[0]))) for s in range(0, shape[0], step)]
     work = Decoding(source, asked.channels, (shape[2], shape[3]))
     for block in run(work, tasks, workers=asked.workers, prefetch=asked.prefetch):
         if block.other_size is not None:

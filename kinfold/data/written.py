@@ -7,6 +7,7 @@ import hashlib
 import os
 
 from kinfold.data.sources import Source, Subset
+from kinfold.data.tables import TableSource
 from kinfold.data.tars import TarSource
 
 _LOOKED_AT = 64  # images that decide whether each has a file of its own
@@ -15,8 +16,9 @@ _LOOKED_AT = 64  # images that decide whether each has a file of its own
 def written(source: Source) -> str:
     """Hash sizes and times of the files that the images lie in: another folder with the same names has others.
 
-    Of images in tar files, hash these. Empty for other images without files of their own (tables, arrays), whose
-    fingerprints know what is in them. Looking at a million files takes some seconds.
+    Of images in tar files, hash these; of tables that hold paths, the files there. Empty for other images without
+    files of their own (tables, arrays), whose fingerprints know what is in them. Looking at a million files takes some
+    seconds.
     """
     digest = hashlib.sha256()
     whole = source
@@ -25,6 +27,12 @@ def written(source: Source) -> str:
     if isinstance(whole, TarSource):
         for path in whole.paths:
             digest.update(_state(path))
+        return digest.hexdigest()
+    if isinstance(whole, TableSource):
+        if not any(whole.file(i) for i in range(min(len(whole), _LOOKED_AT))):
+            return ""
+        for i in range(len(whole)):
+            digest.update(_state(whole.file(i) or ""))
         return digest.hexdigest()
     if not any(os.path.isfile(source.name(i)) for i in range(min(len(source), _LOOKED_AT))):
         return ""
