@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which device computes, and how many processes decode images for it."""
+"""Which device computes, how it is given numbers, and how many processes decode images for it."""
 
 from __future__ import annotations
 
 import os
 
 import torch
+from torch import Tensor
 
 from kinfold.errors import UserError
 
@@ -36,6 +37,14 @@ def choose_device(name: str) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device: mps was asked for, but there is none here. Use device=cpu.")
     return device
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to the device; the host does not wait for what the device has yet to do, and may let go of it.
+
+    On Apple's devices the host waits: there torch reads the memory later, and by then it may hold something else.
+    """
+    return tensor.to(device, non_blocking=device.type != "mps")
 
 
 def choose_workers(asked: int | None) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kinfold import distributed
+from kinfold.devices import to_device
 from kinfold.encoders import BatchNorm, Encoder, split_batch_norm
 from kinfold.errors import UserError
 from kinfold.memory import Memo, Memory
@@ -97,7 +98,7 @@ class Learner(nn.Module):
             return distributed.gather(self._own(self.key_encoder(images)))
         everything = distributed.gather(images)  # [B · ranks, C, H, W]
         order = permutation(SHUFFLE, self.seed, self._step, view, n=len(everything))
-        shuffled = torch.from_numpy(order).to(images.device, non_blocking=True)  # [B · ranks]
+        shuffled = to_device(torch.from_numpy(order), images.device)  # [B · ranks]
         # Without channels-last the copy above loses the memory format that the convolutions are fastest in.
         mine = everything[distributed.local_part(shuffled)].to(memory_format=_format_of(images))
         gathered = distributed.gather(self._own(self.key_encoder(mine)))  # [B · ranks, D]

@@ -244,6 +244,7 @@ def build_optimizer(how: SGD | LARS | AdamW, model: nn.Module, *, fused: bool | 
     else:
         optimizer = torch.optim.AdamW(groups, betas=how.betas, **shared)
     optimizer.register_load_state_dict_pre_hook(_in_own_form)
+    optimizer.register_load_state_dict_post_hook(_in_own_layout)
     return optimizer
 
 
@@ -255,3 +256,12 @@ def _in_own_form(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dic
     own = optimizer.param_groups[0]
     form = {name: own[name] for name in ("fused", "foreach", "capturable") if name in own}
     return {**state, "param_groups": [{**group, **form} for group in state["param_groups"]]}
+
+
+@torch.no_grad()
+def _in_own_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Lay a loaded state out in memory as the parameters are: a fused step goes through both number by number."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

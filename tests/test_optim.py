@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -121,6 +122,33 @@ def test_each_form_goes_on_from_its_own_state_to_the_bit_and_from_the_others_clo
     for expected, own, near in zip(whole.parameters(), same, other, strict=True):
         assert torch.equal(own, expected)
         torch.testing.assert_close(near, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", HOWS, ids=repr)
+def test_a_state_from_weights_in_another_memory_format_can_be_gone_on_from(how: SGD | AdamW | LARS) -> None:
+    def go_on(steps: range, fused: bool, last: bool, state: dict[str, Any] | None = None) -> tuple[nn.Module, Any]:
+        net = nn.Conv2d(3, 4, 3)
+        nn.init.constant_(net.weight, 0.1)
+        nn.init.zeros_(net.bias)
+        if last:
+            net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimizer = build_optimizer(how, net, fused=fused)
+        if state is not None:
+            optimizer.load_state_dict(copy.deepcopy(state))
+        for step in steps:
+            source = torch.Generator().manual_seed(step)
+            for p in net.parameters():
+                p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=source))
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1
+            optimizer.step()
+        return net, optimizer.state_dict()
+
+    for last in (True, False):
+        state = go_on(range(3), False, not last)[1]
+        expected, found = go_on(range(3, 6), False, not last, state)[0], go_on(range(3, 6), True, last, state)[0]
+        for theirs, ours in zip(expected.parameters(), found.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_on_a_cpu_the_plain_form_is_taken_unless_asked_otherwise() -> None:

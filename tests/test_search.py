@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import tracemalloc
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,9 @@ def test_what_is_not_a_number_is_found_first_and_infinities_keep_their_places(sc
     rows[17], rows[203], rows[204, 0] = torch.nan, torch.nan, -torch.nan
     rows[40], rows[250], rows[260] = torch.inf, torch.inf, -torch.inf
     queries[4] = torch.nan  # it is as near to all rows
-    found = nearest_rows(queries, rows, 5, screened=screened)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = nearest_rows(queries, rows, 5, screened=screened)
     assert found[1][0].tolist() == [17, 203, 204, 40, 250]
     assert found[1][4].tolist() == [0, 1, 2, 3, 4]
     assert_same(found, nearest_rows_dense(queries, rows, 5))

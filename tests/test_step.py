@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kinfold import checkpoint, distributed, meter
 from kinfold.data.loader import Batch, Loader
 from kinfold.data.sources import open_source
+from kinfold.devices import to_device
 from kinfold.encoders import Encoder, SplitBatchNorm
 from kinfold.errors import UserError
 from kinfold.learner import Learner
@@ -191,6 +192,20 @@ def test_what_waits_is_noticed() -> None:
     with NoWaiting() as told:
         torch.ones(3).to("meta", non_blocking=True)
     assert told.sent == 1
+
+
+def test_nothing_is_read_from_memory_that_was_let_go() -> None:
+    # On Apple's devices a copy that is not waited for reads its source later (torch's issue 189690).
+    asked: dict[str, bool] = {}
+
+    class Sent:
+        def to(self, device: torch.device, *, non_blocking: bool) -> None:
+            asked[device.type] = non_blocking
+
+    source: Any = Sent()
+    for name in ("cuda", "mps"):
+        to_device(source, torch.device(name))
+    assert asked == {"cuda": True, "mps": False}
 
 
 # Losses that nobody waited for.

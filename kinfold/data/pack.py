@@ -29,6 +29,7 @@ from kinfold.data.work import Task, no_readable_image, run
 from kinfold.data.written import written
 from kinfold.devices import choose_workers
 from kinfold.errors import UserError
+from kinfold.run_folder import held
 
 RECORD = "pack.json"
 _AT_ONCE = 16  # images of a task
@@ -109,7 +110,8 @@ def pack(
     The same call goes on where one was stopped, and does nothing where one was finished. `progress(count)` is called
     as images are gone through.
 
-    Raises: `UserError` where `out` holds something else, no image decodes, or the disk refuses.
+    Raises: `UserError` where `out` holds something else, another process packs into it, no image decodes, or the disk
+    refuses.
     """
     packing = packing or Packing()
     packing.check()
@@ -123,19 +125,36 @@ def pack(
         settings=asdict(packing),
         classes=None if source.classes is None else list(source.classes),
     )
-    record = _records(out, packing, new)
-    if packing.name in record:
-        return record[packing.name]
-    draft = out / f".packing-{packing.name}"
-    packed = _begun(draft, new)
     try:
-        _write_shards(source, packing, packed, draft, choose_workers(workers), progress)
-        _publish(out, draft, packing, packed)
+        out.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UserError(f"{out} is a file: give a folder for the shards.") from None
     except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror}. Give another folder.") from error
+    with held(out, patience=1.0, option="OUT"):
+        record = _records(out, packing, new)
+        if packing.name in record:
+            return _still_there(record[packing.name], out)
+        draft = out / f".packing-{packing.name}"
+        packed = _begun(draft, new)
+        try:
+            _write_shards(source, packing, packed, draft, choose_workers(workers), progress)
+            _publish(out, draft, packing, packed)
+        except OSError as error:
+            raise UserError(
+                f"{out} could not be written: {error.strerror or error}. Make room; the same command then goes on "
+                f"behind the first {packed.done:,} of {len(source):,} images."
+            ) from error
+    return packed
+
+
+def _still_there(packed: Packed, out: Path) -> Packed:
+    """What was packed before, if its files have stayed."""
+    if missing := [name for name in packed.shards if not (out / name).is_file()]:
         raise UserError(
-            f"{out} could not be written: {error.strerror or error}. Make room; the same command then goes on behind "
-            f"the first {packed.done:,} of {len(source):,} images."
-        ) from error
+            f"{out / RECORD} says that {missing[0]} was packed, but it is gone ({len(missing)} of "
+            f"{len(packed.shards)} files are). Bring it back, or remove {out} and pack again."
+        )
     return packed
 
 
@@ -153,9 +172,7 @@ def _check(source: Source, out: Path, packing: Packing) -> None:
 
 def _records(out: Path, packing: Packing, new: Packed) -> dict[str, Packed]:
     """The splits that were packed into the folder. Raises `UserError` where it holds anything else."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file: give a folder for the shards.")
-    there = sorted(os.listdir(out)) if out.is_dir() else []
+    there = sorted(os.listdir(out))
     if RECORD not in there:
         if strange := [name for name in there if not name.startswith(".packing-")]:
             # A run that was stopped while its shards got their names goes on.

@@ -82,9 +82,14 @@ def find(folder: Path, key: str, shape: tuple[int, ...], say: Callable[[str], No
     return Pixels(torch.from_numpy(array), bad)
 
 
+def most_kept() -> float:
+    """Bytes of decoded images that are kept. Raises `UserError` where the environment says none that can be."""
+    return kept.bound("KINFOLD_PIXELS_GB", BOUND_GB, "decoded images")
+
+
 def keep(folder: Path, key: str, pixels: Pixels, say: Callable[[str], None]) -> None:
     """Write pixels under their key; where the disk refuses, `say` is told and nothing is left behind."""
-    bound = kept.bound("KINFOLD_PIXELS_GB", BOUND_GB, "decoded images")
+    bound = most_kept()
     array: NDArray[np.uint8] = pixels.images.numpy()  # [N, C, H, W]
     if array.nbytes > bound:
         return
