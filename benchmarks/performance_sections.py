@@ -179,12 +179,14 @@ ADVICE_ROWS = [
     [
         "one GPU, a small set",
         "starting many small kernels, where the network is small",
-        "nothing: the set lives on the device unasked; `compile=true` for runs of many epochs",
+        "nothing: the set lives on the device unasked; `compile=true` for runs of many epochs, `compile=graphs` where "
+        "the network is so small that starting its kernels takes longer than running them",
     ],
     [
         "one GPU, photographs",
         "decoding, where `waiting` is far from zero",
-        "one worker a core (unasked); smaller files, where the photographs are far larger than the views",
+        "one worker a core (unasked); where the photographs are far larger than the views, `kinfold pack` once or "
+        "`images.scaled_decode=true`; `decode=device` where there are few cores",
     ],
     [
         "eight GPUs",

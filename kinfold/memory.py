@@ -22,7 +22,6 @@ from torch.nn import functional as F
 from kinfold import distributed
 from kinfold.bank import compare_with_rows, compare_with_shares, fresh_rows, last_of_each, move_rows_
 from kinfold.errors import UserError
-from kinfold.kernels.search import nearest_rows
 from kinfold.settings import settings
 
 Memo = tuple[Tensor, ...]
@@ -214,11 +213,6 @@ class Bank(Memory):
         )
         fresh = self.without_self(found, index)  # [B, k]
         return seen, (everyone, asked.detach(), distributed.gather(fresh))
-
-    @torch.no_grad()
-    def search(self, q: Tensor, count: int) -> Tensor:
-        """Images `[B, M]` of the `count` keys held here that are most similar to each query, by falling similarity."""
-        return nearest_rows(q.to(self.points.dtype), self.points, count, first=self.rows.start)[1]
 
     def walk(self, index: Tensor) -> Tensor:
         """Images `[B, P]` met by going up to `steps` edges from the images `index` `[B]`, breadth first.

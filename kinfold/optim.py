@@ -142,7 +142,7 @@ class Lars(torch.optim.Optimizer):
     zero); for others neither. Then μ ← momentum·μ + g and p ← p − lr·μ. Differs from `timm.optim.Lars` in where decay
     and learning rate enter, by 1e-4 and more after three steps. Source: SCE `optimizers/lars.py`, MoCo v3.
 
-    `foreach` goes through all parameters at once, which on a GPU is one kernel where the plain loop has hundreds; None
+    `foreach` goes through all parameters at once, which on a GPU starts far fewer kernels than the plain loop; None
     does so where they are on a GPU. Both forms have the same state, and results that agree to rounding.
     """
 

@@ -118,7 +118,8 @@ def claimed(folder: Path, recipe: Recipe, run: Run, *, standing: list[Path]) -> 
 def held(folder: Path, *, patience: float = 10.0, option: str = "out=") -> Iterator[None]:
     """Keep other runs out of a folder while this one is at work in it, on systems that have file locks.
 
-    `option` is how a person names the folder. Waits `patience` seconds, in which the worker processes of a killed run give up. Raises `UserError` after that.
+    `option` is how a person names the folder. Waits `patience` seconds, in which the worker processes of a killed run
+    give up. Raises `UserError` after that.
     """
     try:
         import fcntl
@@ -135,8 +136,8 @@ def held(folder: Path, *, patience: float = 10.0, option: str = "out=") -> Itera
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise UserError(
-                        f"{option.rstrip('=')}: another process is at work in {folder}. Wait for it, stop it, or choose another "
-                        f"{option}."
+                        f"{option.rstrip('=')}: another process is at work in {folder}. Wait for it, stop it, or "
+                        f"choose another {option}."
                     ) from None
                 time.sleep(0.2)
             except OSError:  # a file system without locks

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import oracles
@@ -12,6 +13,8 @@ from golden import assert_close, load
 from torch import Tensor, nn
 
 from kinfold.encoders import Backbone, Encoder, Head, build_backbone, build_head
+from kinfold.kernels import search
+from kinfold.kernels.search import nearest_rows, nearest_rows_dense
 from kinfold.learner import Learner
 from kinfold.memory import Bank, BankMemory
 from kinfold.methods import InvP
@@ -87,6 +90,26 @@ def test_single_precision_is_enough_for_the_losses(name: str) -> None:
     assert float(losses["invariance"]) == pytest.approx(WEIGHT * float(golden["L_inv"]), rel=1e-5)
 
 
+@pytest.mark.parametrize("way", ["dense", "screened", "whole blocks"])
+@pytest.mark.parametrize("name", FILES)
+def test_every_way_to_search_gives_the_authors_losses_and_images(
+    name: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    golden, learner = from_file(name)
+    for size, value in {"_CELLS": 64, "_NARROWEST": 8, "_ROOM": 4}.items():  # many blocks, and hardly any room
+        monkeypatch.setattr(search, size, value)
+    ways = {"dense": nearest_rows_dense, "screened": partial(nearest_rows, screened=True)}
+    ways["whole blocks"] = partial(nearest_rows, screened=False)
+    monkeypatch.setattr("kinfold.bank.nearest_rows", ways[way])
+    losses, _ = learner.float()([golden["raw"].float()], golden["idx"], 0)
+    assert float(losses["instance"]) == pytest.approx(float(golden["L_ins"]), rel=1e-5)
+    assert float(losses["invariance"]) == pytest.approx(WEIGHT * float(golden["L_inv"]), rel=1e-5)
+    q = nn.functional.normalize(golden["raw"].float(), dim=1)
+    seen, _ = learner.memory.compare(q, None, golden["idx"])
+    assert seen.image is not None
+    assert torch.equal(seen.image[:, seen.nearest], golden["background_idx"])
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_the_walk_and_the_nearest_are_the_authors(name: str) -> None:
     golden, learner = from_file(name)
@@ -94,7 +117,7 @@ def test_the_walk_and_the_nearest_are_the_authors(name: str) -> None:
     assert isinstance(bank, Bank)
     assert torch.equal(bank.walk(golden["idx"]), golden["neighs"])
     q = nn.functional.normalize(golden["raw"], dim=1)
-    assert torch.equal(bank.search(q, 24), golden["background_idx"])
+    assert torch.equal(nearest_rows(q, bank.points, 24)[1], golden["background_idx"])
     seen, _ = bank.compare(q, None, golden["idx"])
     assert seen.image is not None
     assert torch.equal(seen.image[:, seen.reached], golden["neighs"])

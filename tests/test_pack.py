@@ -22,6 +22,7 @@ from kinfold.data.pack import Packing, pack
 from kinfold.data.repack import Repacking
 from kinfold.data.sources import Digits, open_source
 from kinfold.errors import UserError
+from kinfold.run_folder import held
 
 SMALL = Packing(short_side=24, shard_mb=1)
 
@@ -289,6 +290,21 @@ def test_a_folder_that_holds_something_else_is_refused(photos: Path, tmp_path: P
         pack("digits", tmp_path / "out", Packing(split="test"))
     assert bytes_of(tmp_path / "out") == before
     assert json.loads(before["pack.json"])["classes"] == ["cat", "zebra"]
+
+
+def test_two_processes_do_not_pack_into_one_folder(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "packed"
+    out.mkdir()
+    with held(out), pytest.raises(UserError, match="another process is at work in"):
+        pack(str(photos), out, workers=0)
+    assert pack(str(photos), out, workers=0).shards
+
+
+def test_a_packed_folder_that_lost_a_file_says_so(photos: Path, tmp_path: Path) -> None:
+    shards = pack(str(photos), tmp_path / "packed", workers=0).shards
+    (tmp_path / "packed" / shards[0]).unlink()
+    with pytest.raises(UserError, match=f"{shards[0]} was packed, but it is gone"):
+        pack(str(photos), tmp_path / "packed", workers=0)
 
 
 def test_a_set_without_a_readable_image_is_an_error_and_no_shard(tmp_path: Path) -> None:

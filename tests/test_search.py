@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import math
 import tracemalloc
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -156,13 +159,16 @@ def test_neither_gradient_nor_autocast_reaches_in(screened: bool) -> None:
 @pytest.mark.parametrize("order", ["random", "rising"])
 def test_all_similarities_are_never_in_memory(order: str, screened: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    pack = search._pack
 
-    def watched(similarity: Tensor, rows: Tensor) -> Tensor:
-        sizes.append(similarity.numel())
-        return pack(similarity, rows)
+    def watched(pack: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        def watching(similarity: Any, rows: Any) -> Any:
+            sizes.append(math.prod(similarity.shape))
+            return pack(similarity, rows)
 
-    monkeypatch.setattr(search, "_pack", watched)
+        return watching
+
+    for name in ("_pack", "_pack_host"):
+        monkeypatch.setattr(search, name, watched(getattr(search, name)))
     monkeypatch.setattr(search, "_CELLS", 1 << 12)
     rows = torch.randn(20000, 1) if order == "random" else torch.arange(20000.0)[:, None]
     queries = torch.ones(7, 1)

@@ -21,6 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kinfold.devices import to_device
+
 _ONE_PRODUCT = 2.5  # up to this reduction in size the weights have 16 bits or fewer after the point
 _MOST_BITS = 22
 _PART = 256.0  # where weights are cut in two: both halves are exact in bfloat16, and in TF32
@@ -41,7 +43,7 @@ def crop_levels(pixels: Tensor, index: Tensor, boxes: NDArray[np.int64], size: i
 
 def _crop_levels(pixels: Tensor, index: Tensor, boxes: NDArray[np.int64], size: int) -> Tensor:
     count, channels, (height, width) = len(boxes), pixels.shape[1], pixels.shape[2:]
-    where = torch.from_numpy(boxes).to(pixels.device, non_blocking=True)  # [B, 4]
+    where = to_device(torch.from_numpy(boxes), pixels.device)  # [B, 4]
     single = boxes[:, 2:].max(initial=0) <= _ONE_PRODUCT * size and _in_full(pixels.device)
     made = pixels.new_empty(count, channels, size, size)  # [B, C, size, size]
     # The batch goes through in pieces: on a CPU so that what lies between the two products stays near, elsewhere so

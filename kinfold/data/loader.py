@@ -33,6 +33,7 @@ from kinfold.data.resident import Asked, open_resident, readable, resident_views
 from kinfold.data.sources import Source
 from kinfold.data.transfer import Transfer
 from kinfold.data.work import CentreCropping, Task, no_readable_image, read, run
+from kinfold.devices import to_device
 from kinfold.errors import UserError
 from kinfold.randomness import ORDER, permutation
 from kinfold.views import Views
@@ -236,7 +237,7 @@ class Loader:
             std=self._std,
             compiled=self._compiled,
         )
-        return Batch(made, torch.from_numpy(task.positions).to(self._device, non_blocking=True))
+        return Batch(made, to_device(torch.from_numpy(task.positions), self._device))
 
 
 def views_of(
@@ -301,7 +302,7 @@ def evaluation_batches(
         reasons.update(block.bad)
         seen += len(block.positions)
         if len(block.positions):
-            images = block.pixels.to(where, non_blocking=True).to(torch.float32).div_(255.0)  # [B, C, size, size]
+            images = to_device(block.pixels, where).to(torch.float32).div_(255.0)  # [B, C, size, size]
             yield images.sub_(centre).div_(spread), block.positions
     if not seen:
         raise UserError(no_readable_image(source, reasons))

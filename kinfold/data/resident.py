@@ -29,6 +29,7 @@ from kinfold.data.finish import finish
 from kinfold.data.pixels import Pixels
 from kinfold.data.sources import Source
 from kinfold.data.work import Task, no_readable_image, read, run, stand_ins
+from kinfold.devices import to_device
 from kinfold.errors import UserError
 from kinfold.views import Views
 
@@ -158,6 +159,7 @@ def _from_disk_or_files(asked: Asked, shape: tuple[int, ...], several: bool) -> 
     """The set from the cache, or decoded; None where not all images are of the shape."""
     if np.prod(shape, dtype=np.int64) < KEPT_FROM:
         return _decoded(asked, shape)
+    cached.most_kept()  # what the environment says wrongly is said before all is decoded
     folder, key = cached.folder_of(asked.cache), cached.key_of(asked.source, shape)
     found = _kept(asked, shape, folder, key)
     if not several:
@@ -302,7 +304,7 @@ def resident_views(
     One float32 [B, C, S, S] a view, normalised. `compiled` is that of `kinfold.data.finish.finish`.
     """
     height, width = np.full(len(rows), images.shape[2]), np.full(len(rows), images.shape[3])
-    where = torch.from_numpy(rows).to(images.device, non_blocking=True)  # [B]
+    where = to_device(torch.from_numpy(rows), images.device)  # [B]
     crops, numbers = [], []
     for view, augmentation in enumerate(views.augment):
         drawn = draw(

@@ -20,6 +20,7 @@ from kinfold import distributed
 from kinfold.data.annotated.mask_crops import Cropping, Crops, Whole
 from kinfold.data.annotated.masks import VOID, Masks
 from kinfold.data.work import Task, run
+from kinfold.devices import to_device
 from kinfold.errors import UserError
 from kinfold.evaluate.backbones import FrozenBackbone
 from kinfold.evaluate.features import bar, frozen
@@ -104,8 +105,8 @@ def fit(network: nn.Module, train: Masks, data: Masked, settings: PixelTraining,
         ]
         work = Cropping(train, settings.crops, backbone.channels, settings.seed, _fill(backbone))
         for crops in run(work, tasks, workers=data.workers, pin=device.type == "cuda"):
-            images = normalised(crops.images.to(device, non_blocking=True), backbone)  # [b, c, S, S]
-            truth = crops.labels.to(device, non_blocking=True).long()  # [b, S, S]
+            images = normalised(to_device(crops.images, device), backbone)  # [b, c, S, S]
+            truth = to_device(crops.labels, device).long()  # [b, S, S]
             try:
                 loss = pixel_loss(network(images), truth)
             except ValueError as error:
