@@ -185,8 +185,8 @@ ADVICE_ROWS = [
     [
         "one GPU, photographs",
         "decoding, where `waiting` is far from zero",
-        "one worker a core (unasked); where the photographs are far larger than the views, `kinfold pack photos/ packed/` once or "
-        "`images.scaled_decode=true`; `decode=device` where there are few cores",
+        "one worker a core (unasked); where the photographs are far larger than the views, "
+        "`kinfold pack photos/ packed/` once or `images.scaled_decode=true`; `decode=device` where there are few cores",
     ],
     [
         "eight GPUs",
