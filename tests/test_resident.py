@@ -21,107 +21,16 @@ import pytest
 import torch
 from hostile import bytes_of, photos
 from PIL import Image
-from torch import Tensor
 
 from kinfold import distributed
 from kinfold.data import pixels as cached
 from kinfold.data import resident
-from kinfold.data.crop import crop_resize
-from kinfold.data.exact_crop import _ONE_PRODUCT, _in_full, _taps, crop_levels, matrices
 from kinfold.data.pixels import Pixels
 from kinfold.data.resident import Asked, open_resident
 from kinfold.data.sources import Digits, Source, Subset, open_source
 from kinfold.errors import UserError
 
 CPU = torch.device("cpu")
-
-
-# Crops.
-
-
-def boxes_in(height: int, width: int, count: int, seed: int) -> np.ndarray:
-    """Boxes of all sizes [count, 4], the whole image and single pixels among them."""
-    numbers = np.random.default_rng(seed)
-    h, w = numbers.integers(1, height + 1, count), numbers.integers(1, width + 1, count)
-    h[:2], w[:2] = (height, 1), (width, 1)
-    top, left = numbers.integers(0, height - h + 1), numbers.integers(0, width - w + 1)
-    return np.stack([top, left, h, w], axis=1)
-
-
-def one_by_one(images: Tensor, index: Tensor, boxes: np.ndarray, size: int) -> Tensor:
-    """The reference: what a worker does."""
-    crops = [
-        crop_resize(np.ascontiguousarray(images[i].permute(1, 2, 0).numpy()), tuple(box), size)
-        for i, box in zip(index.tolist(), boxes.tolist())
-    ]
-    return torch.stack(crops)
-
-
-@pytest.mark.parametrize("in_full", [True, False])
-@pytest.mark.parametrize(
-    ("height", "width", "channels", "sizes"),
-    [
-        (32, 32, 3, (32, 24, 7, 1)),
-        (70, 41, 1, (64, 20, 33)),
-        (130, 97, 4, (10, 96)),
-        (900, 40, 5, (5,)),
-        (1, 1, 3, (9,)),
-    ],
-)
-def test_crops_of_a_batch_are_the_workers_to_the_bit(
-    height: int,
-    width: int,
-    channels: int,
-    sizes: tuple[int, ...],
-    in_full: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    numbers = np.random.default_rng(height)
-    noise = numbers.integers(0, 256, (20, channels, height, width), dtype=np.uint8)
-    noise[10:] = np.where(noise[10:] > 127, 255, 0)  # the greatest sums
-    images, index = torch.from_numpy(noise), torch.from_numpy(numbers.integers(0, 20, 50))
-    monkeypatch.setattr("kinfold.data.exact_crop._in_full", lambda device: in_full)
-    for size in sizes:
-        boxes = boxes_in(height, width, 50, size)
-        made = crop_levels(images, index, boxes, size)
-        assert made.dtype == torch.uint8
-        assert torch.equal(made, one_by_one(images, index, boxes, size))
-
-
-def test_the_pieces_of_a_batch_and_an_autocast_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (9, 3, 20, 30), dtype=np.uint8))
-    boxes, index = boxes_in(20, 30, 9, 0), torch.arange(9)
-    whole = crop_levels(images, index, boxes, 16)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(crop_levels(images, index, boxes, 16), whole)
-    monkeypatch.setattr("kinfold.data.exact_crop._PLACES", 4 * 3 * 20 * 30)
-    assert torch.equal(crop_levels(images, index, boxes, 16), whole)
-    assert crop_levels(images, index[:0], boxes[:0], 16).shape == (0, 3, 16, 16)
-
-
-def test_products_of_a_device_that_may_drop_bits_are_not_trusted() -> None:
-    try:
-        for stated, expected in (("tf32", False), ("ieee", True)):
-            torch.backends.cuda.matmul.fp32_precision = stated
-            assert _in_full(torch.device("cuda")) is expected
-            assert _in_full(CPU)
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = "ieee"
-
-
-def test_one_product_is_only_trusted_where_float32_holds_every_sum() -> None:
-    for size in (1, 7, 32, 96, 224):
-        taps = _taps(int(_ONE_PRODUCT * size), size, CPU)
-        greatest = 255 * taps.weight.sum(2).amax(1).double() + 2.0 ** (taps.bits.double() - 1)
-        assert greatest[1:].max() < 2**24
-
-
-def test_the_rows_of_a_matrix_weigh_one_and_nothing_outside_of_the_box() -> None:
-    start, extent = torch.tensor([0, 5, 19]), torch.tensor([20, 9, 1])
-    for single in (True, False):
-        whole = torch.stack(matrices(start, extent, length=20, size=12, single=single)).sum(0)
-        assert (whole.sum(2) - 1).abs().max() < 1e-3
-        assert whole[1, :, :5].abs().max() == whole[1, :, 14:].abs().max() == whole[2, :, :19].abs().max() == 0
 
 
 # The cache.
@@ -326,6 +235,99 @@ def test_the_longest_unused_set_goes_when_the_bound_is_reached(
         opened(folder, tmp_path / "none")
 
 
+def three_kept(folder: Path, tmp_path: Path) -> tuple[Path, list[str]]:
+    """Keep a set of 30, one of 10 and one of 20 pictures, the first unused for longest: folder and names."""
+    kept, names = tmp_path / "cache" / "pixels", list[str]()
+    for number, data in enumerate((folder, photos(tmp_path / "b", 10, seed=1), photos(tmp_path / "c", 20, seed=2))):
+        opened(data, tmp_path / "cache")
+        (name,) = {path.name for path in kept.iterdir()} - set(names)
+        names.append(name)
+        os.utime(kept / name / "about.json", (number, number))
+    return kept, names
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_full_disk_gives_up_the_longest_unused_sets_before_it_refuses(
+    shown: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, names = three_kept(folder, tmp_path)
+    disk = {"size": (25 + 10 + 30) * 3 * 20 * 23}  # room for five pictures beside those that are there
+
+    def taken() -> int:
+        return sum(file.stat().st_size for file in kept.rglob("*.npy"))
+
+    original = cached._write
+
+    def write(path: Path, array: np.ndarray) -> None:
+        if taken() + array.nbytes > disk["size"]:
+            path.write_bytes(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(path, array)
+
+    free = (lambda: disk["size"] - taken()) if shown else (lambda: 10**12)  # a person's share of a disk does not show
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": free()}))
+    monkeypatch.setattr(cached, "_write", write)
+    said: list[str] = []
+    opened(photos(tmp_path / "d", 30, seed=3), tmp_path / "cache", said)
+    assert said == []
+    left = {path.name for path in kept.iterdir()}
+    assert len(left) == 3
+    assert names[0] not in left
+    assert {names[1], names[2]} < left
+    disk["size"] = taken()
+    before = bytes_of(kept)
+    opened(photos(tmp_path / "e", 70, seed=4), tmp_path / "cache", said)  # more than all together: none goes for it
+    assert len(said) == 1
+    assert "This run goes on" in said[0]
+    assert bytes_of(kept) == before
+
+
+def test_a_set_larger_than_the_whole_share_is_refused_and_costs_no_other(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, _ = three_kept(folder, tmp_path)
+    before = bytes_of(kept)
+    monkeypatch.setenv("KINFOLD_PIXELS_GB", str(65 * 3 * 20 * 23 / 1e9))
+    monkeypatch.setattr(cached, "_write", refuse)
+    said: list[str] = []
+    opened(photos(tmp_path / "d", 70, seed=3), tmp_path / "cache", said)
+    assert len(said) == 1
+    assert "KINFOLD_PIXELS_GB allows" in said[0]
+    assert bytes_of(kept) == before
+
+
+def test_a_set_that_is_given_up_stays_readable_where_it_is_in_use(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened(folder, tmp_path / "cache")
+    (name,) = os.listdir(tmp_path / "cache" / "pixels")
+    used = opened(folder, tmp_path / "cache").images  # mapped
+    before = used.clone()
+    monkeypatch.setenv("KINFOLD_PIXELS_GB", str(31 * 3 * 20 * 23 / 1e9))
+    opened(photos(tmp_path / "b", 30, seed=1), tmp_path / "cache")
+    assert name not in os.listdir(tmp_path / "cache" / "pixels")
+    assert torch.equal(used, before)
+
+
+def test_a_set_that_cannot_be_given_up_stays_whole(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, names = three_kept(folder, tmp_path)
+    original = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:  # as Windows does for what is mapped
+        if self.name == names[0]:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    before = bytes_of(kept / names[0])
+    monkeypatch.setenv("KINFOLD_PIXELS_GB", str(61 * 3 * 20 * 23 / 1e9))
+    opened(photos(tmp_path / "d", 30, seed=3), tmp_path / "cache")
+    assert bytes_of(kept / names[0]) == before
+    assert names[1] not in os.listdir(kept)
+
+
 def test_small_sets_are_not_kept(tmp_path: Path) -> None:
     assert open_resident(asked(Digits(), tmp_path, channels=1)) is not None
     assert list(tmp_path.iterdir()) == []
@@ -336,12 +338,12 @@ def test_small_sets_are_not_kept(tmp_path: Path) -> None:
 
 def test_a_set_that_does_not_fit_goes_by_workers_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     needed = len(Digits()) * 64
-    monkeypatch.setattr(resident, "free_memory", lambda device: 2.0 * needed - 1)
+    monkeypatch.setattr(resident, "free_memory", lambda device, processes: 2.0 * needed - 1)
     said: list[str] = []
     assert open_resident(asked(Digits(), tmp_path, said, channels=1)) is None
     assert len(said) == 1
     assert "cpu has 0.00 GB free, of which at most 50%" in said[0]
-    monkeypatch.setattr(resident, "free_memory", lambda device: 2.0 * needed)
+    monkeypatch.setattr(resident, "free_memory", lambda device, processes: 2.0 * needed)
     assert open_resident(asked(Digits(), tmp_path, said, channels=1)) is not None
     assert len(said) == 1
 
@@ -351,7 +353,7 @@ def test_a_resident_set_that_does_not_fit_at_all_is_refused_before_decoding(
 ) -> None:
     needed = len(Digits()) * 64
     monkeypatch.setattr(resident, "_decoded", refuse)
-    monkeypatch.setattr(resident, "free_memory", lambda device: needed - 1.0)
+    monkeypatch.setattr(resident, "free_memory", lambda device, processes: needed - 1.0)
     with pytest.raises(UserError, match=r"resident=true: the decoded images take 0\.00 GB, and cpu has .* Leave resi"):
         open_resident(asked(Digits(), tmp_path, channels=1, wanted=True))
 
@@ -360,20 +362,28 @@ def test_the_free_memory_of_this_machine_is_a_number_of_bytes() -> None:
     assert 1e6 < resident.free_memory(CPU) < 1e15
 
 
+def test_the_memory_of_a_machine_is_divided_among_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resident, "_machine_memory", lambda: 800.0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (300, 400))
+    assert resident.free_memory(CPU, 8) == 100.0
+    assert resident.free_memory(torch.device("cuda", 1), 2) == 300.0  # a device of its own
+    assert resident.free_memory(torch.device("cuda", 1), 8) == 100.0
+
+
 def test_large_images_are_not_all_looked_at_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     looked: list[int] = []
-    original = resident.read
+    original = resident.whole
 
-    def read(source: Source, position: int, channels: int) -> np.ndarray:
+    def whole(source: Source, position: int, channels: int, **words: Any) -> np.ndarray:
         looked.append(position)
-        return original(source, position, channels)
+        return original(source, position, channels, **words)
 
-    monkeypatch.setattr(resident, "read", read)
-    assert resident._common_size(Digits(), 1, False) == (8, 8)
+    monkeypatch.setattr(resident, "whole", whole)
+    assert resident._common_size(asked(Digits(), tmp_path, channels=1)) == (8, 8)
     assert looked == list(range(64))
     looked.clear()
     monkeypatch.setattr(resident, "_LOOKED_AT_PIXELS", 3 * 64)
-    assert resident._common_size(Digits(), 1, False) == (8, 8)
+    assert resident._common_size(asked(Digits(), tmp_path, channels=1)) == (8, 8)
     assert looked == [0, 1, 2]
 
 
@@ -435,6 +445,34 @@ def test_where_nothing_can_be_kept_each_process_decodes(
     assert len(both[1].images) == 30
 
 
+@pytest.mark.parametrize("how", ["bound", "disk"])
+def test_where_nothing_can_be_kept_all_processes_of_the_machine_need_memory_at_once(
+    how: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = 30 * 3 * 20 * 23
+    monkeypatch.setattr(resident, "_machine_memory", lambda: 4.0 * needed - 1)  # one would fit, two do not
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    cache = tmp_path / "cache"
+    if how == "bound":  # known beforehand
+        monkeypatch.setenv("KINFOLD_PIXELS_GB", "0")
+        monkeypatch.setattr(resident, "_decoded", refuse)
+    else:
+        cache.write_text("")
+    source, said = open_source(str(folder)), list[str]()
+    for wanted in (None, True):
+        if wanted:
+            monkeypatch.setattr(resident, "_machine_memory", lambda: 2.0 * needed - 1)
+        with monkeypatch.context() as patch:
+            both = Group(patch).run(
+                lambda rank: open_resident(asked(source, cache, said, world=2, wanted=wanted))  # noqa: B023
+            )
+        if wanted:
+            assert all("free for each of 2 processes" in text for text in both)
+        else:
+            assert both == [None, None]
+    assert any("free for each of 2 processes, of which at most 50%" in text for text in said)
+
+
 def test_what_goes_wrong_in_the_process_that_decodes_is_told_to_the_other(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -452,7 +490,7 @@ def test_a_process_without_room_sends_all_by_workers(
 ) -> None:
     with monkeypatch.context() as patch:
         group = Group(patch)
-        patch.setattr(resident, "free_memory", lambda device: 1e12 if group.here.rank == 0 else 10.0)
+        patch.setattr(resident, "free_memory", lambda device, processes: 1e12 if group.here.rank == 0 else 10.0)
         said: list[str] = []
         assert group.run(lambda rank: open_resident(asked(open_source(str(folder)), tmp_path, said, world=2))) == [
             None,

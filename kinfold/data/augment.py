@@ -58,10 +58,6 @@ class Drawn:
     threshold: Floats
     """[B]: on [0, 1], from where on `solarize` inverts"""
 
-    def part(self, start: int, stop: int) -> Drawn:
-        """The numbers of images `start` to `stop` of the batch."""
-        return self.at(slice(start, stop))
-
     def at(self, rows: NDArray[np.int64] | slice) -> Drawn:
         """The numbers of these images of the batch."""
         return Drawn(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
@@ -72,6 +68,12 @@ class Drawn:
         if len(parts) == 1:
             return parts[0]
         return Drawn(**{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Drawn)})
+
+
+def put(own: Drawn, numbers: Drawn, row: int) -> None:
+    """Replace the numbers of image `row` by those of the only one of `own`."""
+    for one in fields(Drawn):
+        getattr(numbers, one.name)[row] = getattr(own, one.name)[0]
 
 
 def draw(

@@ -12,17 +12,17 @@ smaller.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
 from collections.abc import Collection, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kinfold.data.augment import Drawn, draw
+from kinfold.data.augment import Drawn, draw, put
 from kinfold.data.crop import crop_reduced_into
 from kinfold.data.decode import Jpeg, Undecodable, Whole, look
 from kinfold.data.sources import Source
@@ -32,7 +32,6 @@ from kinfold.views import Views
 
 MARGIN = 1.5
 """so many pixels a pixel of the view, on either axis, has the crop of an image that is decoded at a fraction"""
-_LOOKED_AT = 8  # images that tell whether a set has large JPEGs
 _HELD = 32  # images that a worker holds at a time, JPEGs as files: a photo of 12 megapixels has 5 MB,
 _HELD_BYTES = 2**26  # or fewer where they are large: what is no JPEG is held decoded
 
@@ -163,18 +162,6 @@ class Cutting:
         return next((shrink for shrink in (8, 4, 2) if room >= MARGIN * shrink), 1)
 
 
-def scalable(source: Source, views: Views, channels: int) -> bool:
-    """Whether the set has JPEGs that `scaled` decodes at a fraction, as its first images tell."""
-    least = 2 * MARGIN * max(augmentation.size for augmentation in views.augment)
-    for position in range(min(_LOOKED_AT, len(source))):
-        with suppress(Undecodable):
-            image = read_with(look, source, position, channels)
-            if isinstance(image, Jpeg) and min(image.height, image.width) >= least:
-                return True
-    return False
-
-
-def put(own: Drawn, numbers: Drawn, row: int) -> None:
-    """Replace the numbers of image `row` by those of the only one of `own`."""
-    for one in fields(Drawn):
-        getattr(numbers, one.name)[row] = getattr(own, one.name)[0]
+def scaled_from(views: Views) -> int:
+    """Pixels of the short side from which `scaled` may decode a JPEG at a fraction; smaller ones it never does."""
+    return math.ceil(2 * MARGIN * max(augmentation.size for augmentation in views.augment))

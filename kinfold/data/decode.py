@@ -19,61 +19,30 @@ small it is to be decoded.
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple, final
+from typing import NamedTuple, final
 
 import numpy as np
-import numpy.typing as npt
-from PIL import (
-    BmpImagePlugin,
-    GifImagePlugin,
-    Image,
-    ImageFile,
-    JpegImagePlugin,
-    PngImagePlugin,
-    PpmImagePlugin,
-    TiffImagePlugin,
-    WebPImagePlugin,
+from PIL import Image, ImageFile, JpegImagePlugin, TiffImagePlugin
+
+from kinfold.data.header import (
+    COLUMNS_BACKWARDS,
+    PIXEL_LIMIT,
+    ROWS_BACKWARDS,
+    Array,
+    Pixels,
+    Undecodable,
+    check_size,
+    open_image,
+    orientation_of,
+    reasons,
+    upright,
 )
+from kinfold.data.levels import eight_bits, fit, npy, three_axes
 
-PIXEL_LIMIT = 500_000_000
-"""The largest width x height that is decoded: beyond, a file is an attack or a map, not a training image."""
+__all__ = ["PIXEL_LIMIT", "Jpeg", "Reduced", "Undecodable", "Whole", "decode", "look"]
 
-Pixels = npt.NDArray[np.uint8]
-Array = npt.NDArray[Any]
-
-_ORIENTATION = 0x0112  # the EXIF and TIFF tag
-_ROWS_BACKWARDS = (3, 4, 7, 8)
-_COLUMNS_BACKWARDS = (2, 3, 6, 7)
 _BITS_PER_SAMPLE = 258  # the TIFF tag
 _TRANSPARENT = frozenset({"RGBA", "LA", "PA", "RGBa", "La"})
-
-# A file is opened by what it is, not by its name, and only as one of these: `Image.open` would try every
-# format that Pillow knows, and refuses or warns by a limit that is shared by the whole process.
-_FORMATS: tuple[tuple[bytes, type[ImageFile.ImageFile]], ...] = (
-    (b"\xff\xd8\xff", JpegImagePlugin.JpegImageFile),
-    (b"\x89PNG\r\n\x1a\n", PngImagePlugin.PngImageFile),
-    (b"GIF87a", GifImagePlugin.GifImageFile),
-    (b"GIF89a", GifImagePlugin.GifImageFile),
-    (b"BM", BmpImagePlugin.BmpImageFile),
-    (b"\x28\x00\x00\x00", BmpImagePlugin.DibImageFile),
-    (b"II*\x00", TiffImagePlugin.TiffImageFile),
-    (b"MM\x00*", TiffImagePlugin.TiffImageFile),
-    (b"II+\x00", TiffImagePlugin.TiffImageFile),
-    (b"MM\x00+", TiffImagePlugin.TiffImageFile),
-    *((b"P%d" % kind, PpmImagePlugin.PpmImageFile) for kind in range(1, 7)),
-    (b"Pf", PpmImagePlugin.PpmImageFile),
-)
-
-
-class Undecodable(Exception):
-    """These bytes are no image that can be used; `reason` is one sentence for people."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
 
 
 def decode(raw: bytes | Array, channels: int = 3) -> Pixels:
@@ -85,9 +54,9 @@ def decode(raw: bytes | Array, channels: int = 3) -> Pixels:
 
     Raises `Undecodable` for everything that is wrong with the image, and no other exception.
     """
-    with _reasons():
+    with reasons():
         if isinstance(raw, np.ndarray):
-            return _fit(_eight_bits(_three_axes(raw)), channels)
+            return fit(eight_bits(three_axes(raw)), channels)
         return _decode_bytes(raw, channels)
 
 
@@ -122,7 +91,7 @@ class Jpeg:
 
     def __init__(self, file: bytes, image: JpegImagePlugin.JpegImageFile, channels: int) -> None:
         self.file, self._image, self._channels = file, image, channels
-        self.orientation = _orientation(image)
+        self.orientation = orientation_of(image)
         sides = (image.height, image.width)
         self.height, self.width = sides[::-1] if self.orientation >= 5 else sides
 
@@ -139,14 +108,14 @@ class Jpeg:
         `shrink` x `shrink` pixels. Raises `Undecodable`.
         """
         image = self._image
-        with _reasons():
+        with reasons():
             if shrink > 1:
                 image.draft(None, (image.width // shrink, image.height // shrink))
             image.load()
-            pixels = _upright(_colours(image, self._channels), self.orientation)
+            pixels = upright(_colours(image, self._channels), self.orientation)
         over = [(-side % shrink) / shrink for side in (self.height, self.width)]
-        top = over[0] if self.orientation in _ROWS_BACKWARDS else 0.0
-        left = over[1] if self.orientation in _COLUMNS_BACKWARDS else 0.0
+        top = over[0] if self.orientation in ROWS_BACKWARDS else 0.0
+        left = over[1] if self.orientation in COLUMNS_BACKWARDS else 0.0
         return Reduced(pixels, shrink, (top, left))
 
 
@@ -156,77 +125,25 @@ def look(raw: bytes | Array, channels: int = 3) -> Jpeg | Whole:
     Raises `Undecodable`; a JPEG damaged behind its header raises it when it is decoded.
     """
     if channels in (1, 3) and isinstance(raw, bytes):
-        with _reasons():
-            if raw.startswith(b"\xff\xd8\xff") and isinstance(image := _open(raw), JpegImagePlugin.JpegImageFile):
+        with reasons():
+            if raw.startswith(b"\xff\xd8\xff") and isinstance(image := open_image(raw), JpegImagePlugin.JpegImageFile):
                 return Jpeg(raw, image, channels)
     return Whole(decode(raw, channels))
 
 
-@contextmanager
-def _reasons() -> Iterator[None]:
-    """Turn whatever goes wrong with an image into `Undecodable`."""
-    try:
-        yield
-    except Undecodable:
-        raise
-    except MemoryError:
-        raise Undecodable("it needs more memory than there is") from None
-    except Exception as error:  # Pillow's readers raise whatever a damaged file makes them stumble over
-        reason = str(error) or type(error).__name__
-        raise Undecodable(f"it is damaged: {reason}") from error
-
-
 def _decode_bytes(raw: bytes, channels: int) -> Pixels:
     if raw[:6] == b"\x93NUMPY":
-        return _fit(_eight_bits(_three_axes(_npy(raw))), channels)
-    image = _open(raw)
+        return fit(eight_bits(three_axes(npy(raw))), channels)
+    image = open_image(raw)
     if channels not in (1, 3):
         return _bands(image, channels)
     image.load()
     mode = image.mode
     if mode.startswith("I") or mode == "F":
-        array = _fit(_eight_bits(_three_axes(np.asarray(image)), _bits(image)), channels)
+        array = fit(eight_bits(three_axes(np.asarray(image)), _bits(image)), channels)
     else:
         array = _colours(image, channels)
-    return _upright(array, _orientation(image))
-
-
-def _open(raw: bytes) -> ImageFile.ImageFile:
-    """Read the header; the pixels come later."""
-    if not raw:
-        raise Undecodable("the file is empty")
-    head = raw[:16]
-    reader: type[ImageFile.ImageFile] | None = None
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        reader = WebPImagePlugin.WebPImageFile
-    for magic, candidate in _FORMATS:
-        if head.startswith(magic):
-            reader = candidate
-    if reader is None:
-        raise Undecodable(f"it is {_what(raw)}, not an image of a known format")
-    image = reader(io.BytesIO(raw))
-    _check_size(image.width, image.height)
-    return image
-
-
-def _what(raw: bytes) -> str:
-    """Name what was found in place of an image."""
-    head = raw[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if head.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
-        return "an HTML page (a failed download?)"
-    if not any(raw[:512]):
-        return "filled with zeros (an interrupted copy?)"
-    if head.startswith((b"<?xml", b"<svg")):
-        return "XML or SVG"
-    return f"a file that starts with {raw[:8]!r}"
-
-
-def _check_size(width: int, height: int) -> None:
-    if width < 1 or height < 1:
-        raise Undecodable(f"it has no pixels ({width} x {height})")
-    if width * height > PIXEL_LIMIT:
-        limit = PIXEL_LIMIT // 1_000_000
-        raise Undecodable(f"it claims {width:,} x {height:,} pixels; more than {limit} million are refused")
+    return upright(array, orientation_of(image))
 
 
 def _colours(image: Image.Image, channels: int) -> Pixels:
@@ -253,17 +170,17 @@ def _bands(image: ImageFile.ImageFile, channels: int) -> Pixels:
     pages: list[Array] = []
     for page in range(image.n_frames):
         image.seek(page)
-        _check_size(image.width, image.height)
+        check_size(image.width, image.height)
         # Pillow turns a TIFF upright while loading.
         image.load()
         flat = image.convert("RGB") if image.mode == "P" else image
-        pages.append(_three_axes(np.asarray(flat)))
+        pages.append(three_axes(np.asarray(flat)))
         if pages[-1].shape[:2] != pages[0].shape[:2] or pages[-1].dtype != pages[0].dtype:
             raise Undecodable("its pages differ in size or type, so they are no channels of one image")
     found = sum(page.shape[2] for page in pages)
     if found != channels:
         raise Undecodable(f"it has {found} channels, {channels} are expected")
-    return np.ascontiguousarray(_eight_bits(np.concatenate(pages, axis=2), bits))
+    return np.ascontiguousarray(eight_bits(np.concatenate(pages, axis=2), bits))
 
 
 def _bits(image: Image.Image) -> int:
@@ -273,100 +190,3 @@ def _bits(image: Image.Image) -> int:
         first = int(stated[0] if isinstance(stated, tuple) else stated)
         return first if 8 < first < 16 else 16
     return 16
-
-
-def _orientation(image: Image.Image) -> int:
-    """EXIF's number, 1 (upright) to 8; unreadable metadata is no reason to lose the image."""
-    if isinstance(image, JpegImagePlugin.JpegImageFile) and not ({"exif", "xmp"} & image.info.keys()):
-        return 1
-    try:
-        found = image.getexif().get(_ORIENTATION, 1)
-    except Exception:
-        return 1
-    return found if isinstance(found, int) and 1 <= found <= 8 else 1
-
-
-def _upright(pixels: Pixels, orientation: int) -> Pixels:
-    """Undo how the camera was held: 5 to 8 swap the axes, then rows and columns may run backwards."""
-    if orientation == 1:
-        return pixels
-    if orientation >= 5:
-        pixels = pixels.transpose(1, 0, 2)
-    if orientation in _ROWS_BACKWARDS:
-        pixels = pixels[::-1]
-    if orientation in _COLUMNS_BACKWARDS:
-        pixels = pixels[:, ::-1]
-    return np.ascontiguousarray(pixels)
-
-
-def _npy(raw: bytes) -> Array:
-    """Read an `.npy` file without trusting its header: no objects, and no more values than bytes follow."""
-    file = io.BytesIO(raw)
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, column_major, dtype = read(file)
-    if dtype.hasobject:
-        raise Undecodable("its array holds Python objects, not numbers")
-    count = 1
-    for side in shape:
-        count *= int(side)
-    if count * dtype.itemsize > len(raw) - file.tell():
-        raise Undecodable("its array is cut off")
-    flat = np.frombuffer(raw, dtype, count, file.tell())
-    return flat.reshape(shape, order="F" if column_major else "C")
-
-
-def _three_axes(array: Array) -> Array:
-    if array.ndim == 2:
-        array = array[:, :, None]
-    if array.ndim != 3:
-        raise Undecodable(f"its array has shape {array.shape}; [H, W] or [H, W, C] is expected")
-    _check_size(array.shape[1], array.shape[0])
-    return array
-
-
-def _eight_bits(array: Array, bits: int = 16) -> Pixels:
-    """Scale the values of any numeric type to 0..255; see the head of this file for the rules."""
-    if array.dtype == np.uint8:
-        return array
-    if array.dtype == np.bool_:
-        return array.astype(np.uint8) * np.uint8(255)
-    if array.dtype.kind == "u" and array.dtype.itemsize == 2:
-        white = (1 << bits) - 1
-        wide = np.minimum(array.astype(np.uint32), white)
-        return ((wide * 255 + white // 2) // white).astype(np.uint8)
-    if array.dtype.kind == "i" and array.dtype.itemsize == 4:
-        low, high = int(array.min()), int(array.max())
-        if low >= 0 and high <= 65535:
-            return _eight_bits(array.astype(np.uint16), 16)
-        return _stretch(array.astype(np.float64))
-    if array.dtype.kind == "f":
-        values = array.astype(np.float64)
-        if not np.isfinite(values).all():
-            raise Undecodable("it contains values that are not finite")
-        if values.min() >= 0 and values.max() <= 1:
-            return np.rint(values * 255).astype(np.uint8)
-        return _stretch(values)
-    raise Undecodable(f"values of type {array.dtype} have no known scale; use uint8, uint16 or floats in [0, 1]")
-
-
-def _stretch(values: npt.NDArray[np.float64]) -> Pixels:
-    low, high = values.min(), values.max()
-    # Halved first, so that the range of the largest floats does not overflow.
-    span = high / 2 - low / 2
-    if span == 0:
-        return np.zeros(values.shape, np.uint8)
-    stretched: Pixels = np.rint((values / 2 - low / 2) / span * 255).astype(np.uint8)
-    return stretched
-
-
-def _fit(array: Pixels, channels: int) -> Pixels:
-    """Give [H, W, C] the channels that were asked for, in memory of its own."""
-    found = array.shape[2]
-    if found == channels:
-        return np.array(array, order="C")
-    if found == 1 and channels == 3:
-        return np.repeat(array, 3, axis=2)
-    if found == 3 and channels == 1:
-        return np.array(Image.fromarray(np.ascontiguousarray(array)).convert("L"))[:, :, None]  # [H, W, 1]
-    raise Undecodable(f"it has {found} channels, {channels} are expected")

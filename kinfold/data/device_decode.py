@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from kinfold.data.augment import Drawn
-from kinfold.data.cutting import Cut, Cutting, put
+from kinfold.data.augment import Drawn, put
+from kinfold.data.cutting import Cut, Cutting
 from kinfold.data.work import Task
 from kinfold.errors import UserError
 

@@ -130,9 +130,10 @@ def _scan(root: str) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
             if entry.name.startswith(".") or entry.name == "lost+found":
                 continue
             below = f"{here}/{entry.name}" if here else entry.name
-            if entry.is_dir():
+            what = _what(entry)
+            if what == "directory":
                 (links if entry.is_symlink() else real).append(below)
-            elif (kind := extension(entry.name)) in EXTENSIONS:
+            elif (kind := extension(entry.name)) in EXTENSIONS and what == "file":
                 found.append((os.fsencode(below), number))
             else:
                 ignored[kind] += 1
@@ -148,6 +149,19 @@ def _scan(root: str) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
         "changed": np.array(changed, np.int64),
     }
     return meta, arrays
+
+
+def _what(entry: os.DirEntry[str]) -> str:
+    """Say whether an entry is a directory, a file, or something that would be waited for without end (a pipe).
+
+    A link that leads nowhere or around in a circle is a file, whose reading says so.
+    """
+    try:
+        if entry.is_dir():
+            return "directory"
+        return "file" if entry.is_file() or not os.path.exists(entry) else "other"
+    except OSError:
+        return "file"
 
 
 class FolderSource:

@@ -9,8 +9,9 @@ transfer of numbers, shapes never change from step to step, and nothing on the h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache
+from types import FunctionType
 
 import numpy as np
 import torch
@@ -42,13 +43,21 @@ def fused(
     # Decided by the batch, but the same for nearly every batch of a preset.
     half = int(drawn.reach.max()) if drawn.blur.any() else 0
     columns = send(numbers, images.device)  # [B, columns]
-    run = _compiled() if compiled else _pixels
-    return run(images, columns, half, bool(drawn.jitter.any()), tuple(mean), tuple(std))  # [B, C, S, S]
+    jitter = bool(drawn.jitter.any())
+    run = _compiled(images.shape, images.dtype, images.device, columns.shape[1], half, jitter) if compiled else _pixels
+    return run(images, columns, half, jitter, tuple(mean), tuple(std))  # [B, C, S, S]
 
 
 @cache
-def _compiled() -> Callable[..., Tensor]:
-    compiled: Callable[..., Tensor] = torch.compile(_pixels, dynamic=False)
+def _compiled(*_kind: Hashable) -> Callable[..., Tensor]:
+    """`_pixels`, to be compiled for one kind of batch only.
+
+    Torch counts by code object what it has compiled, and runs one that was compiled for eight kinds operation by
+    operation from then on, without an error. Views of several sizes and a smaller last batch are more: each kind has
+    code of its own.
+    """
+    own = FunctionType(_pixels.__code__.replace(), globals(), _pixels.__name__)
+    compiled: Callable[..., Tensor] = torch.compile(own, dynamic=False)
     return compiled
 
 

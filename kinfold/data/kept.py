@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -43,6 +44,31 @@ def used(place: Path) -> None:
 
 def make_room(folder: Path, bytes_kept: float, *, but: str) -> None:
     """Remove the places that nobody used for longest until the rest is within the bound; `but` stays."""
+    found = _places(folder)
+    total = sum(size for size, _ in found)
+    for size, place in found:
+        if total <= bytes_kept:
+            return
+        if place.name != but and _remove(place):
+            total -= size
+
+
+def give_up(folder: Path, bytes_wanted: int) -> bool:
+    """Remove the places that nobody used for longest until so many bytes are free that were not.
+
+    Where all of them together hold less, none is removed and the answer is False.
+    """
+    found = _places(folder)
+    if sum(size for size, _ in found) < bytes_wanted:
+        return False
+    for size, place in found:
+        if bytes_wanted > 0 and _remove(place):
+            bytes_wanted -= size
+    return bytes_wanted <= 0
+
+
+def _places(folder: Path) -> list[tuple[int, Path]]:
+    """Bytes and path of each place, the longest unused first."""
     found: list[tuple[float, int, Path]] = []
     for place in folder.iterdir():
         if place.name.startswith("."):  # in the making
@@ -52,13 +78,22 @@ def make_room(folder: Path, bytes_kept: float, *, but: str) -> None:
             found.append(((place / ABOUT).stat().st_mtime, size, place))
         except OSError:  # being removed by another process
             continue
-    total = sum(size for _, size, _ in found)
-    for _, size, place in sorted(found, key=lambda one: one[0]):
-        if total <= bytes_kept:
-            return
-        if place.name != but:
-            shutil.rmtree(place, ignore_errors=True)
-            total -= size
+    return [(size, place) for _, size, place in sorted(found)]
+
+
+def _remove(place: Path) -> bool:
+    """Remove a place at once, so that nobody finds half of it; False where it stays.
+
+    What another process has mapped stays readable there after it has gone from the folder. Windows allows no new name
+    for such a place, and it stays.
+    """
+    gone = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        place.rename(gone)
+    except OSError:
+        return False
+    shutil.rmtree(gone, ignore_errors=True)
+    return True
 
 
 def remove_leftovers(folder: Path, *, hours: float = 48.0) -> None:

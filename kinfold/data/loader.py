@@ -24,7 +24,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kinfold.data.cutting import Cut, Cutting, scalable
+from kinfold.data.centre_crops import CentreCropping
+from kinfold.data.cutting import Cut, Cutting, scaled_from
 from kinfold.data.decode import Undecodable
 from kinfold.data.device_decode import DeviceDecode, nvjpeg
 from kinfold.data.finish import finish
@@ -32,7 +33,7 @@ from kinfold.data.pixels import Pixels
 from kinfold.data.resident import Asked, open_resident, readable, resident_views
 from kinfold.data.sources import Source
 from kinfold.data.transfer import Transfer
-from kinfold.data.work import CentreCropping, Task, no_readable_image, read, run
+from kinfold.data.work import Task, in_order, no_readable_image, read, run
 from kinfold.devices import to_device
 from kinfold.errors import UserError
 from kinfold.randomness import ORDER, permutation
@@ -146,14 +147,6 @@ class Loader:
         self._ahead: tuple[int, Generator[Cut, None, None]] | None = None
         self.bad, self.remarks = {}, []
         self.waiting = 0.0
-        if scaled_decode and resident is not False and scalable(source, views, channels):
-            if resident:
-                raise UserError(
-                    "images.scaled_decode=true decodes photos as large as these at a fraction of their size at each "
-                    "step, and resident=true would keep them whole. Set images.scaled_decode=false, or leave resident "
-                    "out."
-                )
-            resident = False
         self._pixels = open_resident(
             Asked(
                 source=source,
@@ -163,6 +156,7 @@ class Loader:
                 workers=workers,
                 prefetch=prefetch,
                 world=world,
+                scaled_from=scaled_from(views) if scaled_decode else None,
                 progress=progress,
                 say=self.remarks.append,
             )
@@ -296,9 +290,8 @@ def evaluation_batches(
     centre = torch.tensor(mean, dtype=torch.float32, device=where)[:, None, None]  # [C, 1, 1]
     spread = torch.tensor(std, dtype=torch.float32, device=where)[:, None, None]  # [C, 1, 1]
     work = CentreCropping(source, channels, size, size if resize is None else resize)
-    count, seen = len(source), 0
-    tasks = [Task(0, np.arange(s, min(s + batch_size, count))) for s in range(0, count, batch_size)]
-    for block in run(work, tasks, workers=workers, pin=where.type == "cuda"):
+    seen = 0
+    for block in run(work, in_order(len(source), batch_size), workers=workers, pin=where.type == "cuda"):
         reasons.update(block.bad)
         seen += len(block.positions)
         if len(block.positions):

@@ -19,23 +19,22 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from kinfold import __version__
 from kinfold.data.repack import Encoded, Repacking
 from kinfold.data.shards import FORMATS, Shard
 from kinfold.data.sources import Source, open_source
-from kinfold.data.work import Task, no_readable_image, run
+from kinfold.data.work import in_order, no_readable_image, run
 from kinfold.data.written import written
 from kinfold.devices import choose_workers
 from kinfold.errors import UserError
 from kinfold.run_folder import held
+from kinfold.settings import settings
 
 RECORD = "pack.json"
 _AT_ONCE = 16  # images of a task
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Packing:
     """How a set is packed."""
 
@@ -244,8 +243,7 @@ def _write_shards(
     ending, make = FORMATS[packing.format]
     labels = source.labels
     total, digits = len(source), max(8, len(str(len(source))))
-    starts = range(packed.done, total, _AT_ONCE)
-    tasks = [Task(0, np.arange(s, min(s + _AT_ONCE, total))) for s in starts]
+    tasks = in_order(total, _AT_ONCE, start=packed.done)
     work = Repacking(source, packing.short_side, packing.quality, packing.png)
     part = draft / f"shard.{ending}.part"
     shard: Shard | None = None

@@ -11,6 +11,7 @@ convenience: where the disk refuses, the caller hears why and goes on without.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -54,9 +55,11 @@ def folder_of(cache: Path | None = None) -> Path:
     return cache_root(cache) / "pixels"
 
 
-def key_of(source: Source, shape: tuple[int, ...]) -> str:
-    """Hash what decoded pixels of the `shape` [N, C, H, W] depend on."""
+def key_of(source: Source, shape: tuple[int, ...], *, without_jpegs: bool = False) -> str:
+    """Hash what decoded pixels of the `shape` [N, C, H, W] depend on, and whether any of them may be a JPEG's."""
     about = [_DECODER, PIL.__version__, source.fingerprint, written(source), *shape]
+    if without_jpegs:
+        about.append("without JPEGs")
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
 
 
@@ -88,19 +91,32 @@ def most_kept() -> float:
 
 
 def keep(folder: Path, key: str, pixels: Pixels, say: Callable[[str], None]) -> None:
-    """Write pixels under their key; where the disk refuses, `say` is told and nothing is left behind."""
+    """Write pixels under their key; where the disk refuses, `say` is told and nothing is left behind.
+
+    Where the disk or a person's share of it is full, sets that nobody used for longest go first.
+    """
     bound = most_kept()
     array: NDArray[np.uint8] = pixels.images.numpy()  # [N, C, H, W]
     if array.nbytes > bound:
+        if bound:
+            say(
+                f"the decoded images take {array.nbytes / 1e9:.2f} GB, and KINFOLD_PIXELS_GB allows {bound / 1e9:g}: "
+                "they are not kept, and the next run decodes again"
+            )
         return
     draft = folder / f".{key}.{uuid.uuid4().hex[:8]}.partial"
     try:
         kept.remove_leftovers(folder)
         draft.mkdir(parents=True)
         free = shutil.disk_usage(folder).free
-        if free < array.nbytes:
+        if free < array.nbytes and not kept.give_up(folder, array.nbytes - free):
             raise OSError(f"the disk has {free / 1e9:.1f} GB left")
-        _write(draft / "pixels.npy", array)
+        try:
+            _write(draft / "pixels.npy", array)
+        except OSError as error:  # a share of the disk does not show before it is full
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not kept.give_up(folder, array.nbytes):
+                raise
+            _write(draft / "pixels.npy", array)
         bad = {str(position): reason for position, reason in sorted(pixels.bad.items())}
         about = {"crc32": _checksum(array), "shape": array.shape, "pillow": PIL.__version__, "bad": bad}
         (draft / kept.ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")

@@ -18,8 +18,9 @@ from PIL import Image, TiffImagePlugin
 
 from kinfold.data.crop import crop_resize
 from kinfold.data.decode import Jpeg, Undecodable, decode, look
+from kinfold.data.header import reasons
 from kinfold.data.sources import Source
-from kinfold.data.work import Task
+from kinfold.data.work import Task, read_with
 
 _JPEG, _PNG, _NPY = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"\x93NUMPY"
 _TIFF = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
@@ -59,16 +60,15 @@ class Repacking:
         images, bad = list[Encoded](), dict[int, str]()
         for position in task.positions.tolist():
             try:
-                raw = self.source.read(position)
-                image, kind, untouched = self.encode(raw)
+                (image, kind, untouched), before = read_with(self._encoded, self.source, position, 3)
+                images.append(Encoded(position, image, kind, untouched, before))
             except Undecodable as error:
                 bad[position] = error.reason
-            except OSError as error:
-                bad[position] = f"it cannot be read: {error.strerror or error}"
-            else:
-                before = raw.nbytes if isinstance(raw, np.ndarray) else len(raw)
-                images.append(Encoded(position, image, kind, untouched, before))
         return Repacked(images, bad)
+
+    def _encoded(self, raw: bytes | NDArray[np.uint8], _channels: int) -> tuple[tuple[bytes, str, bool], int]:
+        """What `encode` gives, and the bytes that there were."""
+        return self.encode(raw), raw.nbytes if isinstance(raw, np.ndarray) else len(raw)
 
     def encode(self, raw: bytes | NDArray[np.uint8]) -> tuple[bytes, str, bool]:
         """Give an image's new bytes, how its name ends, and whether they are the old ones. Raises `Undecodable`."""
@@ -134,8 +134,6 @@ def _other_channels(raw: bytes | NDArray[np.uint8]) -> bytes | None:
 
 def _bands(raw: bytes) -> tuple[int, int]:
     """Pages of a TIFF, and the bands of its first."""
-    try:
+    with reasons():
         image = TiffImagePlugin.TiffImageFile(io.BytesIO(raw))
         return image.n_frames, len(image.getbands())
-    except Exception as error:  # Pillow's readers raise whatever a damaged file makes them stumble over
-        raise Undecodable(f"it is damaged: {error or type(error).__name__}") from error

@@ -9,6 +9,7 @@ the device's free memory. A set that does not fit goes by workers, with the same
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -28,7 +29,8 @@ from kinfold.data.exact_crop import crop_levels
 from kinfold.data.finish import finish
 from kinfold.data.pixels import Pixels
 from kinfold.data.sources import Source
-from kinfold.data.work import Task, no_readable_image, read, run, stand_ins
+from kinfold.data.whole import Decoding, Unfit, whole
+from kinfold.data.work import Task, in_order, no_readable_image, run, stand_ins
 from kinfold.devices import to_device
 from kinfold.errors import UserError
 from kinfold.views import Views
@@ -59,6 +61,8 @@ class Asked:
     """processes that decode"""
     prefetch: int = 2
     world: int = 1
+    scaled_from: int | None = None
+    """a JPEG whose short side has so many pixels is to be decoded at a fraction at each step, and so by workers"""
     cache: Path | None = None
     progress: Callable[[int], None] | None = None
     """told how many more images are there"""
@@ -76,12 +80,13 @@ def open_resident(asked: Asked) -> Pixels | None:
     """
     if asked.wanted is False:
         return None
-    size = _common_size(asked.source, asked.channels, asked.wanted is True)
+    size = _common_size(asked)
     if size is None:
         return None
     shape = (len(asked.source), asked.channels, *size)
     several = asked.world > 1 and distributed.world() > 1
-    if not _fits(asked, shape, several):
+    shared = not several or KEPT_FROM <= math.prod(shape) <= cached.most_kept()
+    if not _fits(asked, shape, several, copies=1 if shared else _neighbours()):
         return None
     found = _from_disk_or_files(asked, shape, several)
     if found is None:
@@ -91,37 +96,46 @@ def open_resident(asked: Asked) -> Pixels | None:
     return found._replace(images=found.images.to(asked.device))
 
 
-def _common_size(source: Source, channels: int, wanted: bool) -> tuple[int, int] | None:
+def _common_size(asked: Asked) -> tuple[int, int] | None:
     """Height and width of the first images where they agree and the set is small, or the first's where wanted."""
+    source, wanted = asked.source, asked.wanted is True
     size: tuple[int, int] | None = None
     seen = 0
     for position in range(len(source)):
         if size is not None and (position >= _LOOKED_AT or seen >= _LOOKED_AT_PIXELS):
             break
         try:
-            height, width, _ = read(source, position, channels).shape
+            height, width, _ = whole(source, position, asked.channels, scaled_from=asked.scaled_from).shape
         except Undecodable:
             if not wanted and position >= _LOOKED_AT:
                 return None
             continue
+        except Unfit as error:
+            if wanted:
+                raise UserError(str(error)) from None
+            return None
         if wanted:
             return height, width
         if size not in (None, (height, width)):
             return None
         size, seen = (height, width), seen + height * width
-        if len(source) * channels * height * width > RESIDENT_BYTES:
+        if len(source) * asked.channels * height * width > RESIDENT_BYTES:
             return None
     return size
 
 
-def _fits(asked: Asked, shape: tuple[int, ...], several: bool) -> bool:
-    """Whether every process has room for the set; where one has not, say so, or raise where it has to be there."""
-    needed, free = int(np.prod(shape, dtype=np.int64)), free_memory(asked.device)
+def _fits(asked: Asked, shape: tuple[int, ...], several: bool, *, copies: int) -> bool:
+    """Whether every process has room for the set; where one has not, say so, or raise where it has to be there.
+
+    `copies` processes of this machine hold it in memory at once.
+    """
+    needed, free = int(np.prod(shape, dtype=np.int64)), free_memory(asked.device, copies)
     if several:  # the process that has least decides for all
         free = -distributed.largest(-int(min(free, 2**62)), asked.device)
     if needed <= free * (1.0 if asked.wanted else SHARE):
         return True
-    sizes = f"the decoded images take {needed / 1e9:.2f} GB, and {asked.device} has {free / 1e9:.2f} GB free"
+    each = f" for each of {copies} processes" if copies > 1 else ""
+    sizes = f"the decoded images take {needed / 1e9:.2f} GB, and {asked.device} has {free / 1e9:.2f} GB free{each}"
     if asked.wanted:
         raise UserError(
             f"resident=true: {sizes}. Leave resident out, so that workers read the images, or take fewer with limit=."
@@ -132,9 +146,9 @@ def _fits(asked: Asked, shape: tuple[int, ...], several: bool) -> bool:
     return False
 
 
-def free_memory(device: torch.device) -> float:
-    """Bytes that are free on the device, and on the machine, through which all images go."""
-    machine = _machine_memory()
+def free_memory(device: torch.device, processes: int = 1) -> float:
+    """Bytes that are free on the device, and for each of `processes` on the machine, through which all images go."""
+    machine = _machine_memory() / processes
     if device.type == "cuda":
         return min(machine, torch.cuda.mem_get_info(device)[0])
     return machine
@@ -160,7 +174,8 @@ def _from_disk_or_files(asked: Asked, shape: tuple[int, ...], several: bool) -> 
     if np.prod(shape, dtype=np.int64) < KEPT_FROM:
         return _decoded(asked, shape)
     cached.most_kept()  # what the environment says wrongly is said before all is decoded
-    folder, key = cached.folder_of(asked.cache), cached.key_of(asked.source, shape)
+    without_jpegs = asked.scaled_from is not None and min(shape[2:]) >= asked.scaled_from
+    folder, key = cached.folder_of(asked.cache), cached.key_of(asked.source, shape, without_jpegs=without_jpegs)
     found = _kept(asked, shape, folder, key)
     if not several:
         return found or _decoded_and_kept(asked, shape, folder, key)
@@ -181,7 +196,16 @@ def _from_disk_or_files(asked: Asked, shape: tuple[int, ...], several: bool) -> 
         if message:
             raise UserError(message)
         return None
-    return found or _kept(asked, shape, folder, key) or _decoded(asked, shape)
+    found = found or _kept(asked, shape, folder, key)
+    # Where it could not be kept on the disk, each process has its own: one on the machine holds it by now.
+    if distributed.largest(int(found is None), asked.device) and not _fits(asked, shape, several, copies=_neighbours()):
+        return None
+    return found or _decoded(asked, shape)
+
+
+def _neighbours() -> int:
+    """Processes of this run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world()))
 
 
 def _kept(asked: Asked, shape: tuple[int, ...], folder: Path, key: str) -> Pixels | None:
@@ -197,7 +221,7 @@ def _kept(asked: Asked, shape: tuple[int, ...], folder: Path, key: str) -> Pixel
 
 def _decodes(asked: Asked, position: int) -> bool:
     with suppress(Undecodable):
-        read(asked.source, position, asked.channels)
+        whole(asked.source, position, asked.channels, scaled_from=None)
         return True
     return False
 
@@ -214,12 +238,11 @@ def _decoded(asked: Asked, shape: tuple[int, ...]) -> Pixels | None:
     source, bad = asked.source, dict[int, str]()
     images = torch.empty(shape, dtype=torch.uint8)  # [N, C, H, W]
     step = max(1, min(_DECODED_AT_ONCE, _DECODED_BYTES // int(np.prod(shape[1:]))))
-    tasks = [Task(0, np.arange(s, min(s + step, shape[0]))) for s in range(0, shape[0], step)]
-    work = Decoding(source, asked.channels, (shape[2], shape[3]))
-    for block in run(work, tasks, workers=asked.workers, prefetch=asked.prefetch):
-        if block.other_size is not None:
+    work = Decoding(source, asked.channels, (shape[2], shape[3]), asked.scaled_from)
+    for block in run(work, in_order(shape[0], step), workers=asked.workers, prefetch=asked.prefetch):
+        if block.unfit is not None:
             if asked.wanted:
-                raise UserError(_sizes_differ(source, block.other_size))
+                raise UserError(block.unfit)
             return None
         first, last = int(block.positions[0]), int(block.positions[-1]) + 1
         images[first:last] = block.pixels.permute(0, 3, 1, 2)
@@ -227,50 +250,6 @@ def _decoded(asked: Asked, shape: tuple[int, ...]) -> Pixels | None:
         if asked.progress is not None:
             asked.progress(last - first)
     return Pixels(images, bad)
-
-
-def _sizes_differ(source: Source, position: int) -> str:
-    return (
-        f"resident=true needs images of one size, but {source.name(position)} is not of the same size as those "
-        "before it. Leave resident out: images of all sizes then go through workers."
-    )
-
-
-@dataclass(frozen=True)
-class DecodedBlock:
-    """Decoded images."""
-
-    positions: NDArray[np.int64]
-    """[n]"""
-    pixels: Tensor
-    """uint8 [n, H, W, C]"""
-    bad: dict[int, str]
-    """position -> reason"""
-    other_size: int | None = None
-    """position of an image that is not of the size expected"""
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """Decode whole images of one size; those that do not decode stay black and are named in `bad`."""
-
-    source: Source
-    channels: int
-    size: tuple[int, int]
-
-    def __call__(self, task: Task) -> DecodedBlock:
-        bad: dict[int, str] = {}
-        pixels = np.zeros((len(task.positions), *self.size, self.channels), np.uint8)  # [n, H, W, C]
-        for row, position in enumerate(task.positions.tolist()):
-            try:
-                image = read(self.source, position, self.channels)
-            except Undecodable as error:
-                bad[position] = error.reason
-                continue
-            if image.shape[:2] != self.size:
-                return DecodedBlock(task.positions, torch.empty(0), bad, other_size=position)
-            pixels[row] = image
-        return DecodedBlock(task.positions, torch.from_numpy(pixels), bad)
 
 
 def readable(positions: Iterable[int], bad: dict[int, str], source: Source, *, seed: int, epoch: int) -> list[int]:

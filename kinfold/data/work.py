@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work in processes: decoding, centre crops, and in `kinfold.data.cutting` crops; one task in, one result out.
+"""Work in processes: one task in, one result out. `kinfold.data.cutting` and others say what is done.
 
 A task is a whole batch of positions, so a result does not depend on how many workers there are. With no
 workers the same objects do the same in the process itself. A worker never raises for what is wrong with the
@@ -7,18 +7,25 @@ data: it returns what happened, and `run` raises it where a person sees it witho
 
 A worker writes pixels to memory that it shares with the main process and uses over again (`pixel_memory`), so they
 are not copied on the way, and no page of memory is asked for twice.
+
+Workers end with the main process, however that ends, and keep it from ending for some seconds at most: see `_watch`.
 """
 
 from __future__ import annotations
 
 import atexit
 import math
+import multiprocessing
+import os
 import signal
 import threading
+import time
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -27,7 +34,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from kinfold.data.crop import centre_crop
 from kinfold.data.decode import Undecodable, decode
 from kinfold.data.sources import Source
 from kinfold.errors import UserError
@@ -35,6 +41,10 @@ from kinfold.randomness import REPLACE, integers
 
 STAND_INS = 100
 """how many other images are tried in place of one that does not decode"""
+PATIENCE = 3.0
+"""seconds that a worker has for what it is at when it is to end"""
+
+_LOOK = 0.5  # seconds between two looks of a worker at whether it is to end
 
 R = TypeVar("R", covariant=True)
 S = TypeVar("S")
@@ -48,26 +58,15 @@ class Task(NamedTuple):
     positions: NDArray[np.int64]
 
 
+def in_order(count: int, at_once: int, *, start: int = 0) -> list[Task]:
+    """Tasks for all images from `start` on, `at_once` in each and the rest in the last."""
+    return [Task(0, np.arange(s, min(s + at_once, count))) for s in range(start, count, at_once)]
+
+
 class Work(Protocol[R]):
     """Something that turns a task into a result; travels to worker processes by pickle."""
 
     def __call__(self, task: Task) -> R: ...
-
-
-@dataclass(frozen=True)
-class Block:
-    """Decoded images, centre-cropped."""
-
-    positions: NDArray[np.int64]
-    """[n], of the images in `pixels`"""
-    pixels: Tensor
-    """uint8 [n, C, H, W]"""
-    bad: dict[int, str]
-    """position -> reason"""
-
-    def pin_memory(self) -> Block:
-        """Copy the pixels to memory from which a GPU copies while the CPU goes on."""
-        return replace(self, pixels=self.pixels.pin_memory())
 
 
 def read(source: Source, position: int, channels: int) -> NDArray[np.uint8]:
@@ -102,28 +101,6 @@ def no_readable_image(source: Source, bad: dict[int, str]) -> str:
         f"No readable image: {len(bad)} of the {len(source)} were tried and none decodes, in {source.description}. "
         f"The first: {first}. Check the files, or name another folder."
     )
-
-
-@dataclass(frozen=True)
-class CentreCropping:
-    """Decode images for evaluation: the short side resized, then the centre cut out; bad ones are left out."""
-
-    source: Source
-    channels: int
-    size: int
-    resize: int
-
-    def __call__(self, task: Task) -> Block:
-        bad: dict[int, str] = {}
-        kept, crops = [], []
-        for position in task.positions.tolist():
-            try:
-                crops.append(centre_crop(read(self.source, position, self.channels), self.size, self.resize))
-                kept.append(position)
-            except Undecodable as error:
-                bad[position] = error.reason
-        none = torch.empty(0, self.channels, self.size, self.size, dtype=torch.uint8)  # [0, C, size, size]
-        return Block(np.array(kept, dtype=np.int64), torch.stack(crops) if crops else none, bad)
 
 
 @dataclass(frozen=True)
@@ -175,6 +152,8 @@ def _alone(work: Work[S], tasks: Iterable[Task]) -> Generator[S, None, None]:
 def _in_processes(
     work: Work[S], tasks: Iterable[Task], workers: int, prefetch: int, pin: bool
 ) -> Generator[S, None, None]:
+    main = os.getpid()
+    ending = torch.zeros(1, dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]  # [1]
     loader = DataLoader(
         _Doing(work),
         batch_size=None,
@@ -184,7 +163,7 @@ def _in_processes(
         pin_memory=pin,
         collate_fn=_as_it_is,
         # A worker's result is asked for after at most `prefetch` later ones were begun, and read before one more is.
-        worker_init_fn=_Beginning(prefetch + 1),
+        worker_init_fn=_Beginning(prefetch + 1, ending, PATIENCE),
         # Torch's loader draws a seed for its workers: from here, so that the caller's generator stays untouched.
         generator=torch.Generator(),
     )
@@ -211,8 +190,29 @@ def _in_processes(
             f"Lower the number of workers (now {workers}) or the batch size."
         ) from error
     finally:
+        mine = os.getpid() == main  # and no worker that was forked while this was open
+        mortal: list[BaseProcess] = list(getattr(results, "_workers", ())) if mine else []
+        if mine:
+            ending.fill_(1)
         # Now, and not when an exception that holds this frame is collected: torch's workers then miss the word to end.
         results = None
+        _see_off(mortal)
+
+
+def _see_off(workers: Sequence[BaseProcess]) -> None:
+    """Kill the workers that are still there when they had their time.
+
+    Torch asks, waits, sends SIGTERM, which they do not hear, and goes: one that is left would be waited for without
+    end when the process ends.
+    """
+    deadline = time.monotonic() + PATIENCE + 4 * _LOOK
+    for worker in workers:
+        worker.join(max(0.0, deadline - time.monotonic()))
+    left = [worker for worker in workers if worker.is_alive()]
+    for worker in left:
+        worker.kill()
+    for worker in left:
+        worker.join(PATIENCE)
 
 
 def _tells_of_death(error: Exception) -> bool:
@@ -273,6 +273,10 @@ class _Beginning:
 
     kept: int
     """results that may be on their way at a time"""
+    ending: Tensor
+    """uint8 [1], shared: 1 when the main process wants no more"""
+    patience: float
+    """seconds from then on"""
 
     def __call__(self, _worker: int) -> None:
         """One thread; and Ctrl-C, which a terminal sends to all processes, is the main one's to answer."""
@@ -280,9 +284,34 @@ class _Beginning:
         _memory = _PixelMemory(self.kept)
         torch.set_num_threads(1)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        # torchrun, systemd and some batch systems signal the whole group; a worker of a dead main process ends by
-        # itself.
+        # torchrun, systemd and some batch systems signal the whole group.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        told, tell = multiprocessing.Pipe(duplex=False)
+        watch = threading.Thread(target=_watch, args=(self.ending, self.patience, told), name="watch", daemon=True)
+        watch.start()
+        # A worker that was spawned ends as every Python does, which a thread must not be caught in: last in, first out.
+        atexit.register(watch.join)
+        atexit.register(tell.close)
+
+
+def _watch(ending: Tensor, patience: float, told: Connection) -> None:
+    """End this worker at once when the main process is gone, and `patience` seconds after it said that it is to end.
+
+    Torch's workers look for that between two tasks, which one that reads from a dead network disk never comes to.
+    """
+    said, main, parent = ending.numpy(), os.getppid(), multiprocessing.parent_process()
+    sentinels = [] if parent is None else [parent.sentinel]
+    while patience > 0.0:
+        ready = wait([told, *sentinels], timeout=_LOOK)
+        if told in ready:  # this worker ends by itself
+            return
+        # The parent's sentinel is held open by workers that were forked later, and a process that was not forked by
+        # the main one itself has another parent: one of the two tells.
+        if ready or os.getppid() != main:
+            break
+        if said[0]:
+            patience -= _LOOK
+    os._exit(1)
 
 
 class _PixelMemory:
