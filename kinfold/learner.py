@@ -22,6 +22,8 @@ from kinfold.methods.method import Method
 from kinfold.randomness import SHUFFLE, permutation
 from kinfold.views import Views
 
+_KINDS = 64  # kinds of batch that compiled encoders may meet: sizes of views and batches, in training and in probes
+
 
 class Learner(nn.Module):
     """Everything that learns or remembers.
@@ -125,7 +127,12 @@ class Learner(nn.Module):
         With `graphs` a GPU replays each encoder as one CUDA graph, for models so small that starting their kernels
         takes longer than running them; a CPU compiles them as without. Each step is then one forward and one backward
         pass, with gradients that are None before it (`zero_grad(set_to_none=True)`).
+
+        Raises torch's limit of what is compiled of one piece of code, for all that this process compiles.
         """
+        # To torch all modules are one piece of code, and what it has compiled for eight kinds of batch it runs as it
+        # is from then on, with no more than a line in its log. Six crops of five sizes and a probe are eight already.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _KINDS)
         for encoder in (self.encoder, self.key_encoder):
             if encoder is not None:
                 # The batches of a run have one size, and perhaps another at the end of an epoch: no need for code

@@ -44,8 +44,8 @@ class Rounds:
     """The steps after which the processes look up from their work together: about one a second.
 
     Looking makes the host wait for its device, and the processes for each other, so it is not done at every step. All
-    have to do it at the same one; so how many steps go by until the next is reckoned from the slowest process's pace,
-    which is told to all.
+    have to do it at the same one; so how many steps go by until the next, a hundred at most, is reckoned from the
+    slowest process's pace, which is told to all. What a run computes does not depend on it.
     """
 
     def __init__(self, step: int) -> None:

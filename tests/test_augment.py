@@ -214,7 +214,7 @@ def test_an_image_comes_out_the_same_to_the_bit_in_any_company(size):
 
     together = views(np.arange(40), drawn)
     for start, stop in ((0, 1), (1, 2), (2, 5), (5, 18), (18, 40)):
-        assert torch.equal(views(np.arange(start, stop), drawn.part(start, stop)), together[start:stop])
+        assert torch.equal(views(np.arange(start, stop), drawn.at(slice(start, stop))), together[start:stop])
 
 
 def test_a_batch_in_pieces_equals_the_batch(monkeypatch):
@@ -373,5 +373,5 @@ def test_every_preset_runs_and_stays_finite(name):
 def test_drawn_numbers_are_arrays_over_the_batch():
     drawn = drawn_for(EVERYTHING, 6, 24)
     assert isinstance(drawn, Drawn)
-    assert drawn.part(2, 5).box.tolist() == drawn.box[2:5].tolist()
-    assert len(drawn.part(4, 100).flip) == 2
+    assert drawn.at(slice(2, 5)).box.tolist() == drawn.box[2:5].tolist()
+    assert drawn.at(np.array([4, 0])).flip.tolist() == drawn.flip[[4, 0]].tolist()

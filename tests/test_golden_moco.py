@@ -40,10 +40,8 @@ def ours(name: str) -> str:
 FILES = [("moco_infonce_v1_T0.07", 1), ("moco_infonce_v2_T0.2_mlp", 2)]
 
 
-@pytest.fixture(params=FILES, ids=lambda p: p[0])
-def stepped(request: pytest.FixtureRequest) -> tuple[dict[str, Tensor], Learner]:
+def before_the_step(name: str, layers: int) -> tuple[dict[str, Tensor], Learner]:
     """The golden file, and a learner with its state before the step."""
-    name, layers = request.param
     golden = load(name)
     view = Augmentation(size=1)
     learner = Learner(
@@ -61,6 +59,12 @@ def stepped(request: pytest.FixtureRequest) -> tuple[dict[str, Tensor], Learner]
     learner.memory.keys.copy_(golden["queue_before"].T)
     learner.memory.next.copy_(golden["ptr_before"].squeeze())
     return golden, learner
+
+
+@pytest.fixture(params=FILES, ids=lambda p: p[0])
+def stepped(request: pytest.FixtureRequest) -> tuple[dict[str, Tensor], Learner]:
+    """A golden file, and a learner with its state before the step."""
+    return before_the_step(*request.param)
 
 
 def test_a_step_of_moco_gives_the_authors_loss_gradients_and_queue(

@@ -9,12 +9,14 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from small_trainings import quick_compiler
 from test_resume import processes
 from tiny_recipes import tiny
 
@@ -80,11 +82,14 @@ def take(training: Training, steps: int) -> list[float]:
     return losses
 
 
-def train(rank: int, world: int, port: int, values: dict[str, Any], out: str) -> None:
+def train(rank: int, world: int, port: int, values: dict[str, Any], out: str, compiled: bool = False) -> None:
     """Take four steps as one rank of `world`, and leave the state in a file."""
     join(rank, world, port)
     training = in_double(rank, world, values, out)
-    losses = take(training, STEPS)
+    with quick_compiler() if compiled else nullcontext():
+        if compiled:
+            training.learner.compile_encoders()
+        losses = take(training, STEPS)
     torch.save({"state": training.learner.state_dict(), "losses": losses}, f"{out}/{world}-{rank}.pt")
     distributed.stop()
 
@@ -108,12 +113,13 @@ def free_port() -> int:
     return port
 
 
-def both_ways(recipe: Recipe, tmp_path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Train as one process and as two; returns what the one has, and what each of the two has."""
+def both_ways(recipe: Recipe, tmp_path: Path, *, compiled: bool = False) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Train as one process and as two, these `compiled`; returns what the one has, and what each of the two has."""
     values = plain(recipe)
     alone = processes.Process(target=train, args=(0, 1, 0, values, str(tmp_path)))
     port = free_port()
-    pair = [processes.Process(target=train, args=(rank, 2, port, values, str(tmp_path))) for rank in range(2)]
+    ranks = [(rank, 2, port, values, str(tmp_path), compiled) for rank in range(2)]
+    pair = [processes.Process(target=train, args=arguments) for arguments in ranks]
     for process in (alone, *pair):
         process.start()
     for process in (alone, *pair):
@@ -123,8 +129,8 @@ def both_ways(recipe: Recipe, tmp_path: Path) -> tuple[dict[str, Any], list[dict
     return one, [torch.load(tmp_path / f"2-{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-def assert_alike(recipe: Recipe, tmp_path: Path) -> None:
-    one, pair = both_ways(recipe, tmp_path)
+def assert_alike(recipe: Recipe, tmp_path: Path, *, compiled: bool = False) -> None:
+    one, pair = both_ways(recipe, tmp_path, compiled=compiled)
     start = build_learner(recipe, images=IMAGES).double().state_dict()
     moved = [name for name, value in one["state"].items() if not torch.equal(value, start[name])]
     assert any(name.startswith("encoder.backbone") for name in moved)
@@ -160,6 +166,11 @@ def test_other_memories_and_accumulation_train_the_same(name: str, changes: dict
     splits = {"batch_norm": {"query_splits": 2, "key_splits": 2}}
     symmetric = {"views": {**plain(tiny(name))["views"], "pairs": [[0, 1], [1, 0]]}}
     assert_alike(tiny(name, **{**splits, **symmetric, **changes, "epochs": 4}), tmp_path)
+
+
+def test_two_processes_with_compiled_encoders_train_as_one_without(tmp_path: Path) -> None:
+    splits = {"query_splits": 2, "key_splits": 2, "shuffle_keys": True}
+    assert_alike(tiny("moco", batch_norm=splits, epochs=4), tmp_path, compiled=True)
 
 
 def test_a_bank_of_sets_and_accumulation_train_the_same(tmp_path: Path) -> None:

@@ -123,6 +123,28 @@ def test_a_group_sees_only_its_own_images() -> None:
     assert np.flatnonzero(moved.numpy()).tolist() == [1, 5]
 
 
+@pytest.mark.parametrize("side", [1, 3])
+@pytest.mark.parametrize("channels", [1, 5])
+def test_channels_last_images_are_given_what_others_are_and_stay_so(side: int, channels: int) -> None:
+    def gradients(x: Tensor) -> list[Tensor]:
+        norm = SplitBatchNorm(channels, 4).double()
+        norm.weight.data = torch.linspace(0.5, 2, channels, dtype=torch.float64)
+        y = norm(x.requires_grad_())
+        assert (
+            channels == 1
+            or side == 1
+            or y.is_contiguous(memory_format=torch.channels_last) == x.is_contiguous(memory_format=torch.channels_last)
+        )
+        found = torch.autograd.grad((y * probe).sum(), [x, norm.weight, norm.bias])
+        return [y, *found, norm.running_mean, norm.running_var]  # type: ignore[list-item]
+
+    probe = torch.randn(8, channels, side, side, dtype=torch.float64)
+    x = torch.randn(8, channels, side, side, dtype=torch.float64)
+    plain_, last = gradients(x.clone()), gradients(x.clone(memory_format=torch.channels_last))
+    for given, expected in zip(last, plain_, strict=True):
+        assert_close(given, expected)
+
+
 def synchronisable() -> Learner:
     """A learner with batch norm in its backbones, behind hidden layers and at the end of its heads."""
     view = Augmentation(size=16)
