@@ -193,8 +193,12 @@ def pack(
     if workers is not None and workers < 0:
         raise UserError(f"--workers is {workers}; it has to be at least 0.")
     images = open_source(source, split=split)
-    with bar("packing", len(images)) as advance:
-        packed = write(images, out, how, workers=workers, progress=advance)
+    try:
+        with bar("packing", len(images)) as advance:
+            packed = write(images, out, how, workers=workers, progress=advance)
+    except KeyboardInterrupt:
+        typer.echo("Stopped. The same command goes on from there.")
+        raise typer.Exit(130) from None
     before, after = packed.bytes_before / 1e6, packed.bytes_after / 1e6
     typer.echo(
         f"{packed.images:,} images are in {out}, {len(packed.shards)} file{'' if len(packed.shards) == 1 else 's'}: "

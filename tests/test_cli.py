@@ -103,6 +103,17 @@ def test_packing_says_what_it_made_and_what_to_run_next(tmp_path: Path, capsys: 
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["pack.json", "train-00000-of-00001.tar"]
 
 
+def test_ctrl_c_while_packing_says_how_to_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*words: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kinfold.data.pack.pack", interrupted)
+    ended = command("pack", "digits", tmp_path / "out", capture=capsys)
+    assert (ended.code, ended.out) == (130, "Stopped. The same command goes on from there.\n")
+
+
 # Ends.
 
 
