@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from learning import knn
 from loop_overhead import measure_bare
-from measured import ROOT, summary, without_folder, write
+from measured import ROOT, counted, summary, times, without_folder, write
 
 from kinfold.data.decode import decode
 from kinfold.data.sources import open_source
@@ -171,6 +171,7 @@ def draw(runs: dict[str, Any], path: Path) -> None:
 def page(result: dict[str, Any]) -> dict[str, Any]:
     """What a reader should see."""
     speed, runs, fastest = result["speed"], result["learning"], result["fastest_of_lightly"]
+    threads = counted(result["threads"], "thread")
     rows = []
     for name in (OURS, *THEIRS, BARE):
         ratio = "" if name == OURS else f"{1 / speed[name]['times_ours']:.2f} of ours"
@@ -184,12 +185,12 @@ def page(result: dict[str, Any]) -> dict[str, Any]:
     ]
     text = [
         f"MoCo v2 on {result['data']}, 32 px, `{result['backbone']}`, batch {result['batch_size']}, a queue of 4,096 "
-        f"keys, {result['threads']} threads, no accelerator. Everything is in these figures: making the views, both "
+        f"keys, {threads}, no accelerator. Everything is in these figures: making the views, both "
         "encoders, loss, optimiser, momentum, memory, log. Images lie decoded in memory on both sides. lightly's "
-        f"workers are processes beside the {result['threads']} threads. `{BARE}` is query forward and backward, key "
+        f"workers are processes beside the {threads}. `{BARE}` is query forward and backward, key "
         "forward and optimiser on tensors that lie ready, in channels-last. Processes took "
         f"turns, {result['rounds']} rounds of {result['steps']} steps, the first {WARM_UP} of each left out.",
-        "It learns as well: " + "; ".join(learnt) + ".",
+        "It learns as well, in runs one after the other: " + "; ".join(learnt) + ".",
         "What differs: kinfold normalises keys in 8 groups and shuffles them before (as MoCo does on 8 GPUs); "
         "lightly's parts, put together for one process, normalise the whole batch. The momentum update comes before "
         "the step there and after it here, which gives the same sequence of key encoders. Random numbers differ. "
@@ -206,7 +207,7 @@ def page(result: dict[str, Any]) -> dict[str, Any]:
                 "question": "pretraining MoCo v2 at 32 px, images/s on two cores",
                 "ours": f"{speed[OURS]['images_per_second']:.0f}",
                 "alternative": f"{speed[fastest]['images_per_second']:.0f} ({fastest})",
-                "ratio": f"{speed[fastest]['times_ours']:.2f}×",
+                "ratio": times(speed[fastest]["times_ours"]),
             }
         ],
     }
@@ -222,7 +223,7 @@ def main() -> None:
     words.add_argument("--steps", type=int, default=20, help=f"measured steps, after {WARM_UP} that do not count")
     words.add_argument("--batch", type=int, default=256)
     words.add_argument("--threads", type=int, default=2)
-    words.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
+    words.add_argument("--quick", action="store_true", help="a few steps; prints, and writes nothing")
     words.add_argument("--only", choices=[OURS, BARE, *THEIRS], help=argparse.SUPPRESS)
     words.add_argument("--knn", action="store_true", help=argparse.SUPPRESS)
     words.add_argument("settings", nargs="*", help="key=value, of the recipe or of our run")
@@ -255,9 +256,11 @@ def main() -> None:
         "speed": speed,
         "learning": learning,
     }
-    draw(learning, ROOT / "docs" / CHART)
+    if not given.quick:
+        draw(learning, ROOT / "docs" / CHART)
     torch.set_num_threads(given.threads)  # the result says how many were used
-    print(write("against-lightly", {**result, "page": page(result)}, alternatives=("lightly",)))
+    result["page"] = page(result)
+    print(write("against-lightly", result, alternatives=("lightly",), quick=given.quick))
 
 
 if __name__ == "__main__":

@@ -4,44 +4,82 @@
     uv run --with-requirements benchmarks/alternatives.txt python benchmarks/augment_speed.py
     python benchmarks/augment_speed.py --device cuda
 
-One view of every image of a batch, from decoded pixels in memory to normalised floats, with the same operations at the
-same probabilities: 32 photos of 500 x 375 to 224 pixels, and 256 images of 32 pixels, which stay whole on the device.
-The contenders take turns in one process. The crop, the rest, and both together are timed each on its own. Ours cuts
-photos in the loader's workers, in whole levels, image by image; small images it cuts on the device, as a batch. On an
-accelerator only what happens there is timed: of photos all but the crop, of small images everything. Decoding is no
-part of this; benchmarks/loader_speed.py has it.
+Both views of every image of a batch, as a step makes them: from decoded pixels in memory to normalised floats, with the
+random numbers drawn anew each time, and with the same operations at the same probabilities: 32 photos of 500 x 375 to
+224 pixels, and 256 images of 32 pixels out of 2,048 that stay whole on the device. The contenders take turns in one
+process. The crop, the rest, and both together are timed each on its own. Ours cuts photos in the loader's workers, in
+whole levels, image by image; small images it cuts on the device, as a batch. On an accelerator only what happens there
+is timed: of photos all but the crop, of small images everything. Decoding is no part of this;
+benchmarks/loader_speed.py has it.
 
-Where the work differs: kornia draws one order of the jitter's four operations for a batch, ours and torchvision's one
-an image; kornia's crop has no antialias, which is less work. torchvision blurs with the same 13 pixels.
+Where the work differs: ours draws all of a view's numbers at once, so each of its two parts has all of the drawing in
+it, and an alternative's only its own share. kornia draws one order of the jitter's four operations for a batch, ours
+and torchvision one an image; kornia's crop has no antialias, which is less work. All blur with the same 13 pixels. On
+an accelerator kornia makes both views in one call where they are alike, as ours does.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-from collections.abc import Callable
+import itertools
+import traceback
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import measured
 import numpy as np
+import photographs
 import torch
+from measured import in_turns, plain, synchronise, times, write
 from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms import v2
 
 from kinfold.data.augment import Drawn, draw
-from kinfold.data.crop import crop_resize
+from kinfold.data.cutting import Cutting
 from kinfold.data.exact_crop import crop_levels
 from kinfold.data.finish import finish
-from kinfold.views import Augmentation, preset
+from kinfold.data.resident import resident_views
+from kinfold.data.work import Task
+from kinfold.views import Augmentation, Views, preset
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 KORNIA = importlib.util.find_spec("kornia") is not None
-PARTS = {"crop": "crop and resize", "rest": "colour, blur, flip, normalise", "both": "both"}
+PARTS = {"crop": "crop and resize", "rest": "colour, blur, flip, normalise", "both": "all"}
+OWN = ("ours", "ours, compiled")
+CASES = (
+    (("moco-v2", "moco-v2"), 224),
+    (("sce-alpha", "sce-beta"), 224),
+    (("moco-v2", "moco-v2"), 32),
+    (("moco-notebook", "moco-notebook"), 32),
+)
+"""presets of the two views, and their size"""
 
 Part = Callable[[], object]
 Contenders = dict[str, dict[str, Part]]
 """part -> contender -> what to call"""
+
+
+class Decoded:
+    """Images [N, H, W, C] in memory as a source that has nothing to decode."""
+
+    labels: NDArray[np.int64] | None = None
+    classes: tuple[str, ...] | None = None
+    fingerprint = "-"
+    description = "images in memory"
+
+    def __init__(self, images: NDArray[np.uint8]) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, i: int) -> NDArray[np.uint8]:
+        image: NDArray[np.uint8] = self.images[i]  # [H, W, C]
+        return image
+
+    def name(self, i: int) -> str:
+        return f"number {i}"
 
 
 def main() -> None:
@@ -49,35 +87,56 @@ def main() -> None:
     words.add_argument("--device", default="cpu")
     words.add_argument("--rounds", type=int, default=7)
     words.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="of torch, on a CPU")
-    words.add_argument("--quick", action="store_true", help="a few images and one round, to see that it runs")
+    words.add_argument("--quick", action="store_true", help="a few images and one round; prints, and writes nothing")
     given = words.parse_args()
     device = torch.device(given.device)
-    rounds, small, large = (1, 8, 4) if given.quick else (given.rounds, 256, 32)
-    if device.type != "cpu" and not given.quick:
-        large = 256
-    cases = [("moco-v2", 224, large), ("sce-beta", 224, large), ("moco-v2", 32, small), ("moco-notebook", 32, small)]
+    on_cpu = device.type == "cpu"
+    small, large = (8, 4) if given.quick else (256, 32 if on_cpu else 256)
+    if given.quick:
+        given.rounds, given.threads = 1, given.threads[:1]
     timed = []
-    for threads in given.threads if device.type == "cpu" else [torch.get_num_threads()]:
+    for threads in given.threads if on_cpu else [torch.get_num_threads()]:
         torch.set_num_threads(threads)
-        for name, size, batch in cases:
-            for part, contenders in prepared(preset(name, size=size), batch, device).items():
-                found = measured.in_turns(
-                    {who: finished(what, device) for who, what in contenders.items()},
-                    rounds=rounds,
-                    warm_up=1 if device.type == "cpu" else 3,
-                    per=batch,
-                )
+        for names, size in CASES:
+            batch = large if size == 224 else small
+            for part, contenders in prepared([preset(name, size=size) for name in names], batch, device).items():
+                runs = {who: finished(what, device) for who, what in contenders.items()}
+                if not on_cpu:
+                    runs = {who: what for who, what in runs.items() if works(who, what)}
+                found = in_turns(runs, rounds=given.rounds, warm_up=1 if on_cpu else 3, per=batch)
                 timed.append(
-                    {"preset": name, "size": size, "batch": batch, "threads": threads, "part": part, "seconds": found}
+                    {
+                        "presets": list(names),
+                        "size": size,
+                        "batch": batch,
+                        "threads": threads,
+                        "part": part,
+                        "seconds": found,
+                    }
                 )
-                print(name, size, PARTS[part], f"{threads} thread(s)", line(found))
-    where = "" if device.type == "cpu" else "gpu-"
-    path = measured.write(
-        f"{where}augment-speed",
-        {"question": (__doc__ or "").splitlines()[0], "timed": timed, "page": page(timed, device)},
-        alternatives=("kornia",) if KORNIA else (),
+                print(*names, size, PARTS[part], f"{threads} thread(s)", line(found), flush=True)
+    result = {"question": (__doc__ or "").splitlines()[0], "device": device.type, "timed": timed}
+    print(
+        write(
+            "augment-speed" if on_cpu else "gpu-augment-speed",
+            {**result, "page": page(result)},
+            alternatives=("kornia",) if KORNIA else (),
+            quick=given.quick,
+        )
     )
-    print(path)
+
+
+def works(who: str, what: Part) -> bool:
+    """Whether a contender can be called; a compiler that is missing leaves the others."""
+    try:
+        what()
+    except Exception:
+        if who != "ours, compiled":
+            raise
+        print(f"{who} is left out:", flush=True)
+        traceback.print_exc()
+        return False
+    return True
 
 
 def line(found: dict[str, Any]) -> str:
@@ -86,77 +145,113 @@ def line(found: dict[str, Any]) -> str:
 
 def finished(what: Part, device: torch.device) -> Part:
     """The same, until the device has done it."""
-    if device.type != "cuda":
-        return what
 
     def wait() -> None:
         what()
-        torch.cuda.synchronize(device)
+        synchronise(device)
 
     return wait
 
 
-def prepared(augmentation: Augmentation, batch: int, device: torch.device) -> Contenders:
-    """The contenders, each with its images in the form that it is fastest with."""
-    photos = augmentation.size > 64
+def prepared(augment: Sequence[Augmentation], batch: int, device: torch.device) -> Contenders:
+    """The contenders for two views, each with its images in the form that it is fastest with."""
+    photos = augment[0].size > 64
     height, width = (375, 500) if photos else (32, 32)
     count = batch if photos else 8 * batch  # a set to take the batch from
-    images = noise(count, height, width)  # [N, H, W, C]
+    images = np.stack([photographs.pixels(seed, height, width) for seed in range(count)])  # [N, H, W, C]
     chosen = np.random.default_rng(1).permutation(count)[:batch]  # [B]
+    found = ours(images, chosen, augment, device)
     whole = torch.from_numpy(images).permute(0, 3, 1, 2)  # [N, C, H, W]
-    resident = whole.contiguous().to(device)  # [N, C, H, W]
-    rows = torch.from_numpy(chosen).to(device)  # [B]
-
-    def numbers() -> Drawn:
-        sides = np.full(batch, height), np.full(batch, width)
-        return draw(augmentation, seed=0, epoch=0, image=chosen, view=0, height=sides[0], width=sides[1])
-
-    def crop(drawn: Drawn) -> Tensor:
-        if not photos:
-            return crop_levels(resident, rows, drawn.box, augmentation.size)  # [B, C, S, S]
-        cuts = [crop_resize(images[i], tuple(box), augmentation.size) for i, box in zip(chosen, drawn.box.tolist())]
-        return torch.stack(cuts)  # [B, C, S, S]
-
-    drawn = numbers()
-    cut = crop(drawn).to(device)  # [B, C, S, S]
-
-    def both() -> Tensor:
-        fresh = numbers()
-        return finish([crop(fresh)], [fresh], MEAN, STD)[0]
-
-    found: Contenders = {
-        "crop": {"ours": lambda: crop(numbers())},
-        "rest": {"ours": lambda: finish([cut], [drawn], MEAN, STD)},
-        "both": {"ours": both},
-    }
-    if device.type != "cpu":
-        found["rest"]["ours, compiled"] = lambda: finish([cut], [drawn], MEAN, STD, compiled=True)
     if KORNIA:
-        kornia_crop, kornia_rest = by_kornia(augmentation)
-        floats = cut / 255.0  # [B, C, S, S]
-
-        def cropped() -> Tensor:
-            made: Tensor = kornia_crop(resident.index_select(0, rows) / 255.0)  # [B, C, S, S]
-            return made
-
-        found["crop"]["kornia"] = cropped
-        found["rest"]["kornia"] = lambda: kornia_rest(floats)
-        found["both"]["kornia"] = lambda: kornia_rest(cropped())
-    single_crop, single_rest = by_torchvision(augmentation)
-    # On a CPU its uint8 crop is fastest on pixels as they were decoded, channels last in memory.
-    singles = [(whole if device.type == "cpu" else resident)[int(i)] for i in chosen]
-    cuts = list(cut)
-    found["crop"]["torchvision"] = lambda: torch.stack([single_crop(image) for image in singles])
-    found["rest"]["torchvision"] = lambda: torch.stack([single_rest(image) for image in cuts])
-    found["both"]["torchvision"] = lambda: torch.stack([single_rest(single_crop(image)) for image in singles])
+        add(found, "kornia", by_kornia(whole.contiguous().to(device), chosen, augment))
+    # On a CPU torchvision's uint8 crop is fastest on pixels as they were decoded, channels last in memory.
+    add(found, "torchvision", by_torchvision(whole if device.type == "cpu" else whole.to(device), chosen, augment))
     if photos and device.type != "cpu":
         return {"rest": found["rest"]}
     return found
 
 
-def by_kornia(a: Augmentation) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def add(found: Contenders, name: str, parts: dict[str, Part]) -> None:
+    """Put a contender's parts beside those of the others."""
+    for part, contenders in found.items():
+        contenders[name] = parts[part]
+
+
+def ours(
+    images: NDArray[np.uint8], chosen: NDArray[np.int64], augment: Sequence[Augmentation], device: torch.device
+) -> Contenders:
+    """What a worker and the device do for photos, and the device alone for small images, with fresh numbers a step."""
+    views = Views(augment=tuple(augment), pairs=((0, 1),))
+    height, width = (np.full(len(chosen), side) for side in images.shape[1:3])
+    epochs = itertools.count()
+
+    def numbers() -> list[Drawn]:
+        words: dict[str, Any] = {"seed": 0, "epoch": next(epochs), "image": chosen, "height": height, "width": width}
+        return [draw(augmentation, view=view, **words) for view, augmentation in enumerate(augment)]
+
+    if augment[0].size > 64:
+        cutting = Cutting(Decoded(images), views, 3, 0)
+        crops = [crop.to(device) for crop in cutting(Task(0, chosen)).crops]  # [B, C, S, S] each
+
+        def crop() -> object:
+            return cutting(Task(next(epochs), chosen))
+
+        def whole(compiled: bool) -> object:
+            cut = cutting(Task(next(epochs), chosen))
+            return finish([one.to(device) for one in cut.crops], cut.drawn, MEAN, STD, compiled=compiled)
+    else:
+        resident = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device)  # [N, C, H, W]
+        rows = torch.from_numpy(chosen).to(device)  # [B]
+
+        def cut_all() -> list[Tensor]:
+            pairs = zip(numbers(), augment)
+            return [crop_levels(resident, rows, drawn.box, look.size) for drawn, look in pairs]  # [B, C, S, S] each
+
+        crops, crop = cut_all(), cut_all
+
+        def whole(compiled: bool) -> object:
+            task = Task(next(epochs), chosen)
+            return resident_views(resident, chosen, task, views, seed=0, mean=MEAN, std=STD, compiled=compiled)
+
+    def rest(compiled: bool) -> object:
+        return finish(crops, numbers(), MEAN, STD, compiled=compiled)
+
+    found: Contenders = {
+        "crop": {"ours": crop},
+        "rest": {"ours": lambda: rest(False)},
+        "both": {"ours": lambda: whole(False)},
+    }
+    if device.type != "cpu":
+        found["rest"]["ours, compiled"] = lambda: rest(True)
+        found["both"]["ours, compiled"] = lambda: whole(True)
+    return found
+
+
+def by_kornia(images: Tensor, chosen: NDArray[np.int64], augment: Sequence[Augmentation]) -> dict[str, Part]:
+    """Its two views of a batch out of `images` [N, C, H, W], in floats."""
+    rows = torch.from_numpy(chosen).to(images.device)  # [B]
+    # One call for two views of one kind starts half as many operations; on a CPU it is as slow as two calls.
+    together = images.device.type != "cpu" and augment[0] == augment[1]
+    pairs = [kornia_parts(one) for one in (augment[:1] if together else augment)]
+
+    def batch() -> Tensor:
+        floats = images.index_select(0, rows) / 255.0  # [B, C, H, W]
+        return torch.cat([floats, floats]) if together else floats  # [2B or B, C, H, W]
+
+    def crop() -> list[Tensor]:
+        floats = batch()  # [2B or B, C, H, W]
+        return [cut(floats) for cut, _ in pairs]
+
+    def rest(crops: Sequence[Tensor]) -> list[Tensor]:
+        return [change(one) for (_, change), one in zip(pairs, crops)]
+
+    crops = crop()
+    return {"crop": crop, "rest": lambda: rest(crops), "both": lambda: rest(crop())}
+
+
+def kornia_parts(a: Augmentation) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Its crop, and the rest, for batches of floats."""
-    from kornia import augmentation as k
+    from kornia import augmentation as k  # type: ignore[import-not-found]  # of alternatives.txt
 
     rest = [
         k.ColorJitter(*a.jitter, p=a.jitter_probability, same_on_batch=False),
@@ -172,7 +267,23 @@ def by_kornia(a: Augmentation) -> tuple[Callable[..., Any], Callable[..., Any]]:
     return k.ImageSequential(crop), k.ImageSequential(*rest)
 
 
-def by_torchvision(a: Augmentation) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def by_torchvision(images: Tensor, chosen: NDArray[np.int64], augment: Sequence[Augmentation]) -> dict[str, Part]:
+    """Its two views of some of `images` [N, C, H, W], image by image: the crop on uint8, the rest on floats."""
+    singles = [images[int(i)] for i in chosen]  # [C, H, W] each
+    pairs = [torchvision_parts(one) for one in augment]
+    cuts = [[cut(image) for image in singles] for cut, _ in pairs]  # [C, S, S] each
+
+    def rest() -> list[Tensor]:
+        return [torch.stack([change(image) for image in crops]) for (_, change), crops in zip(pairs, cuts)]
+
+    return {
+        "crop": lambda: [torch.stack([cut(image) for image in singles]) for cut, _ in pairs],
+        "rest": rest,
+        "both": lambda: [torch.stack([change(cut(image)) for image in singles]) for cut, change in pairs],
+    }
+
+
+def torchvision_parts(a: Augmentation) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Its crop of a uint8 image, and the rest from a uint8 crop on, in floats: a little faster than on levels."""
     rest = [
         v2.ToDtype(torch.float32, scale=True),
@@ -187,54 +298,58 @@ def by_torchvision(a: Augmentation) -> tuple[Callable[..., Any], Callable[..., A
     return v2.RandomResizedCrop(a.size, scale=a.scale, ratio=a.ratio, antialias=True), v2.Compose(rest)
 
 
-def noise(count: int, height: int, width: int) -> NDArray[np.uint8]:
-    """Coloured noise, coarse and fine: uint8 [n, H, W, 3]."""
-    random = np.random.default_rng(0)
-    coarse = random.uniform(0, 200, (count, height // 8 + 1, width // 8 + 1, 3))
-    large = coarse.repeat(8, axis=1).repeat(8, axis=2)[:, :height, :width]
-    return (large + random.uniform(0, 55, (count, height, width, 3))).astype(np.uint8)
-
-
-def page(timed: list[dict[str, Any]], device: torch.device) -> dict[str, Any]:
-    """What a reader should see of it."""
-    alternatives = sorted({who for one in timed for who in one["seconds"]} - {"ours", "ours, compiled"})
-    own = sorted({who for one in timed for who in one["seconds"]} & {"ours", "ours, compiled"})
+def page(result: dict[str, Any]) -> dict[str, Any]:
+    """What a reader should see."""
+    timed, on_cpu = result["timed"], result["device"] == "cpu"
+    whos = {who for one in timed for who in one["seconds"]}
+    alternatives, own = sorted(whos - {*OWN}), sorted(whos & {*OWN})
     rows = []
     for one in timed:
         seconds = one["seconds"]
-        cells = [f"{1e3 * seconds[who]['median']:.3f}" if who in seconds else "" for who in [*own, *alternatives]]
-        ratios = [f"{seconds[who]['times_ours']:.1f}" for who in alternatives]
+        cells = [plain(1e3 * seconds[who]["median"]) if who in seconds else "" for who in [*own, *alternatives]]
+        ratios = [times(seconds[who]["times_ours"]) for who in alternatives]
         shape = f"{one['batch']} at {one['size']} px"
-        rows.append([shape, one["preset"], PARTS[one["part"]], str(one["threads"]), *cells, *ratios])
-    columns = ["images", "preset", "part", "threads"]
+        rows.append([shape, kind(one), PARTS[one["part"]], str(one["threads"]), *cells, *ratios])
+    columns = ["images", "views", "part", "threads"]
     columns += [f"{who}, ms an image" for who in [*own, *alternatives]]
     columns += [f"{who} / ours" for who in alternatives]
     text = [
-        "One view of every image of a batch, from decoded pixels in memory to normalised floats, with the same "
-        "operations at the same probabilities. kornia works on the batch, torchvision v2 image by image, the "
-        "crop on uint8 tensors and the rest on floats, its fastest way. Decoding is not in it. "
-        "Photos are 500 x 375 pixels; their crop is the loader's workers' work with "
-        "ours. Images of 32 pixels stay whole in the device's memory, and ours cuts them there.",
-        "The work is not the same to the last detail: kornia draws one order of the four colour operations for a "
-        "whole batch, ours and torchvision one for every image, and kornia's crop has no antialias, which is less "
-        "work.",
+        "Both views of every image of a batch, as a step makes them: from decoded pixels in memory to normalised "
+        "floats, the random numbers drawn anew each time, with the same operations at the same probabilities. "
+        f"{'kornia works on the batch, ' if 'kornia' in alternatives else ''}torchvision v2 image by image, the crop "
+        "on uint8 tensors and the rest on floats, its fastest way. Decoding is not in it. Photos are 500 x 375 "
+        "pixels; their crop is the loader's workers' work with ours. Images of 32 pixels stay whole in the device's "
+        "memory, and ours cuts them there.",
+        "The work is not the same to the last detail. Ours draws all of a view's numbers at once, and both its parts "
+        "have all of the drawing in them, so that they are together more than the whole; of an alternative each part "
+        "draws its own. kornia draws one order of the four colour operations for a whole batch, ours and torchvision "
+        "one for every image, and kornia's crop has no antialias, which is less work.",
     ]
-    if not KORNIA:
+    if "kornia" not in alternatives:
         text.append("kornia was not installed where this was measured, so it is left out.")
-    if device.type != "cpu":
+    if not on_cpu:
         text.append("Of photos only what happens on the device is timed, which is all but the crop.")
+    whole = [one for one in timed if one["part"] == "both"]
     summary = []
     for who in alternatives:
-        ratios_ = [one["seconds"][who]["times_ours"] for one in timed if one["part"] == "both"]
+        ratios_ = [one["seconds"][who]["times_ours"] for one in whole]
+        ours_, theirs = ([1e3 * one["seconds"][name]["median"] for one in whole] for name in ("ours", who))
         summary.append(
             {
-                "question": f"one view of each image of a batch, {len(ratios_)} cases of size, preset and threads",
-                "ours": "see below",
-                "alternative": who,
-                "ratio": f"{min(ratios_):.1f} to {max(ratios_):.1f}×",
+                "question": f"both views of each image of a batch, {len(whole)} cases of size, presets and threads, "
+                "ms an image",
+                "ours": f"{plain(min(ours_))} to {plain(max(ours_))}",
+                "alternative": f"{plain(min(theirs))} to {plain(max(theirs))} ({who})",
+                "ratio": f"{times(min(ratios_))[:-1]} to {times(max(ratios_))}",
             }
         )
     return {"title": "Augmentations", "text": text, "table": {"columns": columns, "rows": rows}, "summary": summary}
+
+
+def kind(one: dict[str, Any]) -> str:
+    """The two views' presets in words."""
+    first, second = one["presets"]
+    return f"{first} twice" if first == second else f"{first} and {second}"
 
 
 if __name__ == "__main__":

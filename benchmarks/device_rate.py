@@ -7,16 +7,11 @@ import statistics
 import time
 
 import torch
+from measured import synchronise
 from torch.utils.flop_counter import FlopCounterMode
 
 from kinfold.recipe import Recipe
 from kinfold.training import build_learner
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def matmul_rate(device: torch.device, *, side: int | None = None, groups: int = 7, each: int = 10) -> float:

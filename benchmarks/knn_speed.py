@@ -16,10 +16,9 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-import faiss
 import numpy as np
 import torch
-from measured import in_turns, write
+from measured import counted, in_turns, times, write
 from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
 from torch import Tensor
@@ -38,7 +37,10 @@ def made(rows: int, width: int, *, seed: int) -> Tensor:
 
 
 def contenders(bank: Tensor, queries: Tensor, neighbours: int) -> dict[str, Callable[[], Any]]:
-    """Name → a search that gives the neighbours' rows, int64 [Q, k]."""
+    """Name → a search that gives the neighbours' rows, int64 [Q, k], with torch's number of threads."""
+    import faiss  # type: ignore[import-not-found]  # of alternatives.txt
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
 
     def kinfold() -> Any:
         return torch.cat([near.places for near in nearest(queries, bank, k=neighbours)]).numpy()
@@ -74,7 +76,7 @@ def page(result: dict[str, Any]) -> dict[str, Any]:
             name,
             f"{found['median']:.2f}",
             f"{found['least']:.2f} to {found['greatest']:.2f}",
-            f"{found['times_ours']:.2f}" if "times_ours" in found else "1",
+            times(found["times_ours"]) if "times_ours" in found else "1",
             f"{100 * found['agreement']['neighbours_in_common']:.3f} %" if "agreement" in found else "",
         ]
         for name, found in result["seconds"].items()
@@ -83,9 +85,9 @@ def page(result: dict[str, Any]) -> dict[str, Any]:
         "title": "Nearest neighbours for the k-NN protocol",
         "text": [
             f"The {result['neighbours']} rows with the greatest cosine among {result['bank']:,} features of "
-            f"{result['width']}, for {result['queries']:,} queries, with {result['threads']} threads. Each contender "
-            "makes unit vectors of the same features first; computing features and counting votes are not in it. "
-            "All three are exact: neighbours differ where two are nearer to each other than single precision tells."
+            f"{result['width']}, for {result['queries']:,} queries, with {counted(result['threads'], 'thread')}. Each "
+            "contender makes unit vectors of the same features first; computing features and counting votes are not in "
+            "it. All three are exact: neighbours differ where two are nearer to each other than single precision tells."
         ],
         "table": {
             "columns": ["", "seconds (median)", "range", "times Kinfold's", "neighbours in common"],
@@ -97,7 +99,7 @@ def page(result: dict[str, Any]) -> dict[str, Any]:
                 f"{result['queries']:,} queries",
                 "ours": f"{result['seconds']['kinfold']['median']:.2f} s",
                 "alternative": f"{result['seconds'][other]['median']:.2f} s ({other})",
-                "ratio": f"{result['seconds'][other]['times_ours']:.2f}×",
+                "ratio": times(result["seconds"][other]["times_ours"]),
             }
             for other in result["seconds"]
             if other != "kinfold"
@@ -112,12 +114,11 @@ def main() -> None:
     words.add_argument("--width", type=int, default=512)
     words.add_argument("--neighbours", type=int, default=200)
     words.add_argument("--rounds", type=int, default=5)
-    words.add_argument("--quick", action="store_true", help="2,000 x 500 x 64, one round: does it run?")
+    words.add_argument("--quick", action="store_true", help="2,000 x 500 x 64, one round; prints, and writes nothing")
     asked = words.parse_args()
     if asked.quick:
         asked.bank, asked.queries, asked.width, asked.neighbours, asked.rounds = 2000, 500, 64, 20, 1
     threads = torch.get_num_threads()
-    faiss.omp_set_num_threads(threads)
     bank, queries = made(asked.bank, asked.width, seed=1), made(asked.queries, asked.width, seed=2)  # [N, F], [Q, F]
     runs = contenders(bank, queries, asked.neighbours)
     with threadpool_limits(threads):
@@ -125,7 +126,7 @@ def main() -> None:
         seconds = in_turns(runs, rounds=asked.rounds, warm_up=0)
     for name in list(runs)[1:]:
         seconds[name]["agreement"] = agreement(answers["kinfold"], answers[name])
-        print(name, f"{seconds[name]['times_ours']:.2f} times ours", seconds[name]["agreement"])
+        print(name, f"{seconds[name]['times_ours']:.2f} times ours", seconds[name]["agreement"], flush=True)
     result: dict[str, Any] = {
         "question": "seconds to find the nearest neighbours of a test set's features among a training set's",
         "bank": asked.bank,
@@ -136,7 +137,8 @@ def main() -> None:
         "seconds": seconds,
     }
     print({name: round(found["median"], 3) for name, found in seconds.items()})
-    print(write("knn-speed", {**result, "page": page(result)}, alternatives=("faiss-cpu", "scikit-learn")))
+    alternatives = ("faiss-cpu", "scikit-learn")
+    print(write("knn-speed", {**result, "page": page(result)}, alternatives=alternatives, quick=asked.quick))
 
 
 if __name__ == "__main__":

@@ -27,8 +27,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from measured import in_turns, write
+from measured import in_turns, times, write
 from numpy.typing import NDArray
+from photographs import photo
 from PIL import Image, ImageFilter
 from torchvision import transforms
 
@@ -62,20 +63,6 @@ class Files:
 
     def name(self, i: int) -> str:
         return f"{i}.jpg"
-
-
-def photo(seed: int, height: int, width: int) -> bytes:
-    """A JPEG of quality 90 that is as rough at every scale as photos are: 1/f noise."""
-    draws = np.random.default_rng(seed)
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])  # [H, W / 2 + 1]
-    frequency[0, 0] = 1.0
-    noise = draws.standard_normal((2, 3, *frequency.shape))
-    waves = np.fft.irfft2((noise[0] + 1j * noise[1]) / frequency, s=(height, width))  # [3, H, W]
-    waves = waves[:1] + 0.4 * waves
-    pixels = np.clip(128 + 55 * waves / waves.std((1, 2), keepdims=True), 0, 255).astype(np.uint8)  # [3, H, W]
-    file = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).save(file, "JPEG", quality=90)
-    return file.getvalue()
 
 
 def views(size: int) -> Views:
@@ -161,13 +148,14 @@ def delivered(files: list[bytes], batches: int) -> dict[str, float]:
     return {"images_per_second": images / seconds, "waiting": loader.waiting / seconds}
 
 
-def page(found: dict[str, Any], count: int, kilobytes: float) -> dict[str, Any]:
+def page(found: dict[str, Any]) -> dict[str, Any]:
     """What a reader should see."""
+    count, kilobytes = found["images"], found["bytes"] / found["images"] / 1e3
     core, big, loop = found["one_core"], found["large_photo"], found["two_workers"]
 
     def row(name: str, does: str) -> list[str]:
-        times = core[name].get("times_ours")
-        return [name, does, f"{1 / core[name]['median']:.0f}", "1" if times is None else f"{times:.1f}"]
+        ratio = core[name].get("times_ours")
+        return [name, does, f"{1 / core[name]['median']:.0f}", "1" if ratio is None else times(ratio)]
 
     def summary_row(question: str, ours: str) -> dict[str, str]:
         rivals = {name: 1 / core[name]["median"] for name in (TORCHVISION, PIL, LIGHTLY)}
@@ -176,7 +164,7 @@ def page(found: dict[str, Any], count: int, kilobytes: float) -> dict[str, Any]:
             "question": f"{question}, images/s on one core",
             "ours": f"{own:.0f}",
             "alternative": ", ".join(f"{speed:.0f} ({name}, all of it)" for name, speed in rivals.items()),
-            "ratio": ", ".join(f"{own / speed:.1f}×" for speed in rivals.values()),
+            "ratio": ", ".join(times(own / speed) for speed in rivals.values()),
         }
 
     return {
@@ -218,7 +206,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="a folder of JPEGs; generated ones if not given")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="a few small images, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="a few small images; prints, and writes nothing")
     given = parser.parse_args()
     count, rounds = (4, 1) if given.quick else (given.images, given.rounds)
     if given.data is not None:
@@ -241,12 +229,11 @@ def main() -> None:
     found["large_photo"] = large(rounds, height, width)
     os.sched_setaffinity(0, cores)
     found["two_workers"] = delivered(files, 2 if given.quick else 12)
-    found["page"] = page(found, len(files), found["bytes"] / len(files) / 1e3)
-    name = "loader-speed-quick" if given.quick else "loader-speed"
-    print(write(name, found, alternatives=("lightly",)))
+    found["page"] = page(found)
     for line in found["page"]["table"]["rows"]:
         print(" | ".join(line))
     print(*found["page"]["text"][2:], sep="\n")
+    print(write("loader-speed", found, alternatives=("lightly",), quick=given.quick))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measured import write
+from measured import synchronise, write
 from PIL import Image
 
 from kinfold.devices import choose_device
@@ -93,12 +93,6 @@ def measure_bare(recipe: Recipe, steps: int, device: str) -> dict[str, float]:
     return {"images_per_second": recipe.batch_size * steps / (time.perf_counter() - began)}
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def peak_memory(device: str) -> dict[str, float]:
     """Peak resident set of this process in MB, and of the CUDA allocator where there is one."""
     # Linux counts kilobytes, macOS bytes.
@@ -143,9 +137,12 @@ def main() -> None:
     words.add_argument("--backbone", default="resnet18")
     words.add_argument("--device", default="auto")
     words.add_argument("--name", default="loop-overhead", help="name of the result file")
+    words.add_argument("--quick", action="store_true", help="a small network, a few steps; prints, and writes nothing")
     words.add_argument("--only", choices=["kinfold", "bare"], help=argparse.SUPPRESS)
     words.add_argument("--images", default="", help=argparse.SUPPRESS)
     given = words.parse_args()
+    if given.quick:
+        given.backbone, given.batch, given.steps, given.pairs = "resnet10_w32", 16, 2, 1
     recipe, _ = load(
         "moco/cifar10-notebook-asymmetric",
         [f"backbone.name={given.backbone}", f"batch_size={given.batch}", "epochs=1"],
@@ -162,7 +159,7 @@ def main() -> None:
         given.images = str(Path(folder) / "images")
         make_images(Path(given.images), (WARM_UP + given.steps) * given.batch)
         result = compare(given)
-    path = write(
+    kept = write(
         given.name,
         {
             "question": "images per second and peak memory of the loop beside a bare loop over the same encoders",
@@ -174,8 +171,9 @@ def main() -> None:
             "bare": "query forward and backward, key forward, optimiser step, on prepared tensors",
             **result,
         },
+        quick=given.quick,
     )
-    print(path)
+    print(kept)
 
 
 if __name__ == "__main__":

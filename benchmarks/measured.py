@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
@@ -16,6 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL
 import torch
 import torchvision
 
@@ -38,6 +41,8 @@ def circumstances(*others: str) -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
+            "numpy": np.__version__,
+            "pillow": PIL.__version__,
             "kinfold": kinfold.__version__,
             **{name: importlib.metadata.version(name) for name in others},
         },
@@ -61,14 +66,43 @@ def without_folder(description: str, data: str) -> str:
     return description
 
 
-def write(name: str, result: dict[str, Any], *, alternatives: Sequence[str] = ()) -> Path:
-    """Write a result with its circumstances to benchmarks/results/NAME.json, and the `alternatives`' versions."""
+def write(name: str, result: dict[str, Any], *, alternatives: Sequence[str] = (), quick: bool = False) -> str:
+    """Write a result with its circumstances to benchmarks/results/NAME.json, and give the path, to be printed.
+
+    `alternatives` are packages whose versions belong to it. A `quick` run measures nothing: it touches no file, and
+    the text that would have been written is given in place of the path.
+    """
+    text = json.dumps({**result, **circumstances(*alternatives)}, indent=2, ensure_ascii=False)
+    if quick:
+        return text
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(
-        json.dumps({**result, **circumstances(*alternatives)}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    return path
+    path.write_text(text + "\n", encoding="utf-8")
+    return str(path)
+
+
+def synchronise(device: str | torch.device) -> None:
+    """Wait until the device has done what it was given, so that a clock read now counts all of it."""
+    device = torch.device(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def times(ratio: float) -> str:
+    """A ratio for people: 0.81×, 1.45×, 13.9×."""
+    return f"{ratio:.{2 if ratio < 10 else 1}f}×"
+
+
+def plain(value: float) -> str:
+    """A figure for people, with three digits or all those before the point: 0.497, 98.6, 1,372."""
+    if value == 0:
+        return "0"
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+
+
+def counted(count: int, thing: str) -> str:
+    """So many things: 1 thread, 2 threads, 50,000 images."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
 def in_turns(
@@ -108,6 +142,9 @@ def summary(seconds: Mapping[str, list[float]]) -> dict[str, Any]:
 
 
 def _git(*words: str) -> str | None:
-    """What git says, None outside of a checkout."""
-    done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
+    """What git says, None outside of a checkout and on a machine without git."""
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -12,28 +12,25 @@ which order, and with which command each is made: where a file is missing the pa
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from performance_sections import ADVICE, ADVICE_COLUMNS, ADVICE_ROWS, BEFORE, SECTIONS, Section, Wanted
+import result_files
+from performance_sections import ADVICE, ADVICE_COLUMNS, ADVICE_ROWS, BEFORE, MISSING, SECTIONS, Section, Wanted
+from result_files import NOT_YET, ROOT
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
-NOT_YET = "not measured yet"
 
 
 def read(name: str) -> dict[str, Any] | None:
-    """The result file NAME.json; None where it is not there."""
-    path = RESULTS / f"{name}.json"
-    if not path.is_file():
-        return None
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if "page" not in found and name in PAGES:
+    """The result file NAME.json with its page; None where there is none."""
+    found = result_files.read(name)
+    if found is not None and "page" not in found and name in PAGES:
         found["page"] = PAGES[name](found)
-    return found
+    return found if found is not None and "page" in found else None
 
 
 def loop_page(result: dict[str, Any]) -> dict[str, Any]:
@@ -41,7 +38,7 @@ def loop_page(result: dict[str, Any]) -> dict[str, Any]:
     medians = result["medians"]
     names = {"kinfold": "`pretrain`, all included", "bare": "encoders alone"}
     rows = [
-        [title, f"{medians[name]['images_per_second']:.1f}", f"{medians[name]['peak_memory_mb']:.0f} MB"]
+        [title, f"{medians[name]['images_per_second']:.1f}", f"{medians[name]['peak_memory_mb']:,.0f} MB"]
         for name, title in names.items()
     ]
     return {
@@ -66,9 +63,10 @@ def features_page(result: dict[str, Any]) -> dict[str, Any]:
     """The page of benchmarks/features_memory.py, whose file also makes a table of the README."""
     parts = {"extract": "making features", "linear": "linear classifier on them", "knn": "k-NN on them"}
     found = result["parts"]
+    most = max(found[part]["mb_own_at_most"] for part in parts)
     disk = f"{result['mb_of_the_features_on_disk'] / 1000:.1f} GB"
     rows = [
-        [title, f"{found[p]['mb_own_at_most']:.0f} MB", f"{found[p]['seconds']:.0f} s"] for p, title in parts.items()
+        [title, f"{found[p]['mb_own_at_most']:,.0f} MB", f"{found[p]['seconds']:.0f} s"] for p, title in parts.items()
     ]
     return {
         "title": "Memory of features",
@@ -81,9 +79,9 @@ def features_page(result: dict[str, Any]) -> dict[str, Any]:
         "summary": [
             {
                 "question": f"own memory while {result['images']:,} features are made and used",
-                "ours": f"{max(found[part]['mb_own_at_most'] for part in parts):.0f} MB",
+                "ours": f"{most:,.0f} MB",
                 "alternative": f"{disk} (all of them at once)",
-                "ratio": "",
+                "ratio": f"{100 * most / result['mb_of_the_features_on_disk']:.1f} %",
             }
         ],
     }
@@ -95,7 +93,7 @@ PAGES = {"loop-overhead": loop_page, "features-memory": features_page}
 
 def link(name: str) -> str:
     """A Markdown link to a result file, from the page."""
-    return f"[{name}.json](../benchmarks/results/{name}.json)"
+    return f"[{name}](../benchmarks/results/{name}.json)"
 
 
 def cell(text: str) -> str:
@@ -105,46 +103,80 @@ def cell(text: str) -> str:
 
 def table(columns: list[str], rows: list[list[str]]) -> list[str]:
     """A Markdown table; numbers stand on the right where a column has nothing else."""
-    right = [bool(rows) and all(row[i][:1].isdigit() or not row[i] for row in rows) for i in range(len(columns))]
+    number = re.compile(r"([\d.,]+( to [\d.,]+| \([\d.,]+ to [\d.,]+\))?( ?[\w%×/]+)?)?")
+    right = [bool(rows) and all(number.fullmatch(row[i]) for row in rows) for i in range(len(columns))]
     lines = [f"| {' | '.join(map(cell, columns))} |", f"|{'|'.join('--:' if side else '---' for side in right)}|"]
     return [*lines, *(f"| {' | '.join(map(cell, row))} |" for row in rows)]
 
 
-def summed_up(wanted: Wanted, result: dict[str, Any]) -> list[list[str]]:
-    """The rows of one file in the summary: a script says what it compares, since a name does not."""
-    given = result["page"].get("summary", [])
-    return [[row["question"], row["ours"], row["alternative"], row["ratio"], link(wanted.name)] for row in given]
+def least(ratio: str) -> float | None:
+    """The ratio as a number, the smaller end of a range; None where it is a share or nothing."""
+    found = re.fullmatch(r"([\d.,]+)( to [\d.,]+)?×", ratio)
+    return float(found[1].replace(",", "")) if found else None
+
+
+def in_words(ratio: str, ours: str, other: str) -> str:
+    """What a ratio of the summary says of ours beside the other, as a person would say it."""
+    number = least(ratio)
+    if number is None:
+        return f"{ratio} of {other}" if ratio.endswith("%") else other
+    if re.search(r"\b[MG]B$", ours):
+        return f"**{ratio}** less memory than {other}" if number >= 1 else f"{ratio}: more memory than {other}"
+    return f"**{ratio}** as fast as {other}" if number >= 1 else f"{ratio} as fast as {other}: slower"
+
+
+def compared(row: dict[str, str]) -> list[tuple[str, str]]:
+    """The alternatives of a row of the summary, each with its own ratio."""
+    others, ratios = re.split(r"(?<=\)), ", row["alternative"]), row["ratio"].split(", ")
+    return list(zip(others, ratios)) if len(others) == len(ratios) else [(row["alternative"], row["ratio"])]
+
+
+def glance(wanted: Wanted, rows: list[dict[str, str]]) -> list[str]:
+    """One row of the summary, of rows with one question; all that it is held against stands under each other."""
+    words = [in_words(ratio, row["ours"], other) for row in rows for other, ratio in compared(row)]
+    return [rows[0]["question"], rows[0]["ours"], "<br>".join(words), link(wanted.name)]
+
+
+def told(result: dict[str, Any]) -> list[list[dict[str, str]]]:
+    """The rows that a file has in the summary, those of one question together."""
+    rows = result["page"].get("summary", [])
+    return [list(group) for _, group in itertools.groupby(rows, key=lambda row: (row["question"], row["ours"]))]
 
 
 def summary() -> list[str]:
-    """The table at the top."""
+    """The tables at the top: what was measured, and what was not."""
     rows: list[list[str]] = []
-    for section in SECTIONS:
-        for wanted in section.files:
-            result = read(wanted.name)
-            if result is None or "page" not in result:
-                rows.append([wanted.question, NOT_YET, "", "", f"`{wanted.command}`"])
-            else:
-                rows += summed_up(wanted, result)
-    return table(["question", "ours", "alternative", "ratio", "file or command"], rows)
+    missing: list[list[str]] = []
+    for wanted in (each for section in SECTIONS for each in section.files):
+        result = read(wanted.name)
+        if result is None:
+            missing.append([wanted.question, NOT_YET, f"`{wanted.command}`"])
+        else:
+            rows += [glance(wanted, together) for together in told(result)]
+    lines = table(["what", "ours", "ours is", "file"], rows) if rows else []
+    if missing:
+        lines += ["", *MISSING.splitlines(), "", *table(["what", "ours", "command"], missing)]
+    return lines
 
 
 def circumstances(name: str, result: dict[str, Any]) -> str:
     """Machine, versions, commit, date and command of a file, in one line."""
     about, versions = result["machine"], result["versions"]
     gpu = f", {about['gpu']}" if about.get("gpu") else ""
+    threads = f"{about['threads']} thread{'' if about['threads'] == 1 else 's'}"
     changed = " with uncommitted changes" if result.get("uncommitted_changes") else ""
     return (
-        f"*{link(name)}: {about['processor']}, {about['threads']} threads on {about['cores']} cores{gpu}; "
+        f"*{link(name)}: {about['processor']}, {threads} on {about['cores']} cores{gpu}; "
         f"{', '.join(f'{package} {version}' for package, version in versions.items())}; "
         f"commit {(result['commit'] or 'unknown')[:10]}{changed}; {result['when'][:10]}; `{result['command']}`*"
     )
 
 
 def section(about: Section) -> list[str]:
-    """One section: the texts, tables and charts of its files, and what is missing."""
-    found = [(wanted, read(wanted.name)) for wanted in about.files]
-    there = [(wanted, result) for wanted, result in found if result is not None and "page" in result]
+    """One section: the texts, tables and charts of its files; nothing where there are none yet."""
+    there = [(wanted, result) for wanted in about.files if (result := read(wanted.name)) is not None]
+    if not there:
+        return []
     lines = [f"## {about.title}", ""]
     alike = len(there) > 1 and len({str(result["page"]["table"]["columns"]) for _, result in there}) == 1
     for number, (wanted, result) in enumerate(there):
@@ -163,15 +195,28 @@ def section(about: Section) -> list[str]:
     if alike:
         for wanted, result in there:
             lines += [circumstances(wanted.name, result), ""]
-    missing = [wanted for wanted, result in found if result is None or "page" not in result]
-    if missing:
-        lines += [*(f"- {wanted.question}: {NOT_YET}: `{wanted.command}`" for wanted in missing), ""]
     return lines
+
+
+def first_of_all() -> str:
+    """In how many comparisons ours is behind, what is still to be measured, and on which machines it was."""
+    results = [read(wanted.name) for one in SECTIONS for wanted in one.files]
+    there = [result for result in results if result is not None]
+    ratios = [least(ratio) for found in there for rows in told(found) for row in rows for _, ratio in compared(row)]
+    numbers = [ratio for ratio in ratios if ratio is not None]
+    machines = dict.fromkeys(
+        f"{each['processor']}, {each['cores']} cores{f', {gpu}' if (gpu := each.get('gpu')) else ''}"
+        for each in (result["machine"] for result in there)
+    )
+    behind = f"Behind in {sum(ratio < 1 for ratio in numbers)} of {len(numbers)} comparisons; " if numbers else ""
+    where = f" Measured on: {'; '.join(machines)}." if machines else ""
+    return f"**{behind}{len(results) - len(there)} of {len(results)} questions are still to be measured.**{where}"
 
 
 def made() -> str:
     """The whole page."""
-    lines = [BEFORE, *summary(), "", ADVICE, *table(ADVICE_COLUMNS, ADVICE_ROWS), ""]
+    lines = [BEFORE, first_of_all(), "", *summary(), "", ADVICE]
+    lines += [*table(ADVICE_COLUMNS, ADVICE_ROWS), ""]
     for about in SECTIONS:
         lines += section(about)
     return "\n".join(lines).rstrip("\n") + "\n"

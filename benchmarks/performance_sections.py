@@ -136,9 +136,8 @@ SECTIONS = (
         tuple(
             Wanted(f"gpu-step-{part}", question, f"python benchmarks/gpu_step.py --part {part}")
             for part, question in (
-                ("whole", "SCE, two crops: the whole step beside its encoders alone"),
-                ("profile", "SCE, two crops: where the time of a step goes"),
-                ("toggles", "SCE, two crops: what each change is worth"),
+                ("whole", "SCE, two crops, from memory and from JPEG files: the step beside its encoders alone"),
+                ("changes", "SCE, two crops: the step in parts before and after each change"),
             )
         ),
     ),
@@ -149,23 +148,24 @@ BEFORE = """\
 
 <!-- Made by `python benchmarks/performance.py` from the files under benchmarks/results: change those, not this. -->
 
-How fast each part is, beside the library or the plain form that one would take instead. Every figure comes from a file
-under `benchmarks/results`, written by the script that is named with it; rows without a file say so. Contenders took
-turns in one process, or in processes that took turns, so that a machine that slows down for a while favours nobody;
-figures are medians, and a ratio above 1 says how many times as long the alternative takes. CIFAR10 in a command stands
-for a folder of CIFAR-10 as Parquet. lightly, kornia and faiss are installed for these scripts only and are no
-dependency.
+How fast each part is beside what one would take instead: another library, or the plain form. Contenders took turns, so
+that a machine that slows down for a while favours nobody; figures are medians, and the file of each row has machine,
+versions, commit and spread. "1.45× as fast" says that the other takes 1.45 times as long. lightly, kornia and faiss are
+installed for these scripts only.
+"""
+
+MISSING = """\
+**Not measured yet.** Each is one command, and `python benchmarks/device_all.py` runs all that want a GPU. CIFAR10 is a
+folder of CIFAR-10 as Parquet.
 """
 
 ADVICE = """\
-## Where the time goes, and what to set
+## What to set
 
-**A step** makes the views, runs the query encoder forward and backward and the key encoder forward, compares with the
-memory, and updates. Only the encoders are arithmetic that the method asks for; everything else is there to keep them
-busy. So two figures say what limits a run: how near its images per second come to those of the encoders alone
-(`benchmarks/loop_overhead.py`), and `waiting` in `metrics.jsonl`, the share of the time spent waiting for images. The
-settings are explained in [scaling](scaling.md). What is said here of GPUs is what the design expects, and holds as far
-as the rows below have figures.
+Only the encoders are arithmetic that a method asks for; all else is there to keep them busy. Two figures say what
+limits a run: how near its images per second come to those of the encoders alone (`benchmarks/loop_overhead.py`), and
+`waiting` in `metrics.jsonl`, the share of the time spent waiting for images. [Scaling](scaling.md) explains the
+settings. What is said of GPUs is what the design expects, and holds as far as rows above have figures.
 """
 
 ADVICE_COLUMNS = ["you have", "what limits it", "what to set"]

@@ -8,7 +8,8 @@ The commands run in turns, each in a process of its own, beside a Python that do
 from the start of the process until its first step stands in the log: with nothing known about the folder (an empty
 cache of ours), and again. Once as it comes (a set of small images of one size is decoded whole and then lives on the
 device) and once with resident=false (workers decode as they go). The alternative is torchvision's `ImageFolder` with a
-`DataLoader` on the same folder, until its first batch is there; its step is not counted. The files have just been
+`DataLoader` on the same folder, until its first batch is there; its step is not counted. Every way runs once a round,
+in an order that moves on; the second start of ours comes right after its first. The files have just been
 written, so the system still has them in memory, on both sides. Writes `benchmarks/results/startup.json`.
 """
 
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measured import ROOT, in_turns, summary, write
+from measured import ROOT, in_turns, summary, times, write
 from PIL import Image
 
 RECIPE = ROOT / "benchmarks" / "recipes" / "moco.yaml"
@@ -40,6 +41,8 @@ COMMANDS = {
     "import torch": ["-c", "import torch"],
     "python alone": ["-c", "pass"],
 }
+OURS = ("on the device, first", "on the device, again", "by workers, first", "by workers, again")
+THEIRS = {f"ImageFolder, {workers} workers": workers for workers in (0, 2)}
 FIRST_BATCH = """
 import sys
 import torch
@@ -113,30 +116,42 @@ def listing(folder: Path, cache: Path) -> float:
     return time.perf_counter() - began
 
 
+def first_batch(folder: Path, workers: int) -> float:
+    """Seconds of a process that ends when torchvision's way has made its first batch."""
+    began = time.perf_counter()
+    run(["-c", FIRST_BATCH, str(folder), str(workers)])
+    return time.perf_counter() - began
+
+
 def starts(folder: Path, place: Path, rounds: int) -> dict[str, Any]:
-    """Every way to a first step, in turns; ours first and again, with a new cache each round."""
-    names = ("on the device, first", "on the device, again", "by workers, first", "by workers, again")
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    theirs: dict[str, list[float]] = {f"ImageFolder, {workers} workers": [] for workers in (0, 2)}
+    """Every way to a first step once a round, in an order that moves on; ours first and again, with a new cache."""
+    seconds: dict[str, list[float]] = {name: [] for name in (*OURS, *THEIRS)}
     parts: dict[str, list[float]] = {"listing, first": [], "listing, again": [], "imports": []}
+    run(["-c", "import kinfold.pretrain, torchvision"])  # no way is the first to read the packages from the disk
+
+    def ours(way: str, settings: list[str], turn: int) -> None:
+        for when in ("first", "again"):
+            out, cache = (place / f"{kind}-{turn}-{len(settings)}" for kind in (when, "cache"))
+            seconds[f"{way}, {when}"].append(first_step(folder, out, cache, settings))
+
+    def theirs(name: str, workers: int, turn: int) -> None:
+        seconds[name].append(first_batch(folder, workers))
+
+    ways = [partial(ours, "on the device", []), partial(ours, "by workers", ["resident=false"])]
+    ways += [partial(theirs, name, workers) for name, workers in THEIRS.items()]
     for turn in range(rounds):
-        for way, settings in (("on the device", []), ("by workers", ["resident=false"])):
-            cache = place / f"cache-{turn}-{len(settings)}"
-            for when in ("first", "again"):
-                out = place / f"run-{turn}-{len(settings)}-{when}"
-                seconds[f"{way}, {when}"].append(first_step(folder, out, cache, settings))
-        for workers, (name, all_) in zip((0, 2), theirs.items(), strict=True):
-            began = time.perf_counter()
-            run(["-c", FIRST_BATCH, str(folder), str(workers)])
-            all_.append(time.perf_counter() - began)
-            print(f"round {turn + 1}: {name}: {all_[-1]:.1f} s", flush=True)
+        shift = turn % len(ways)
+        for way in ways[shift:] + ways[:shift]:
+            way(turn)
         for when in ("first", "again"):
             parts[f"listing, {when}"].append(listing(folder, place / f"listing-{turn}"))
         began = time.perf_counter()
         run(["-c", "import kinfold.pretrain"])
         parts["imports"].append(time.perf_counter() - began)
-        print(f"round {turn + 1}: { ({name: round(all_[-1], 1) for name, all_ in {**seconds, **parts}.items()}) }")
-    return {"ways": summary({**seconds, **theirs}), "parts": {n: statistics.median(all_) for n, all_ in parts.items()}}
+        print(
+            f"round {turn + 1}:", {name: round(all_[-1], 1) for name, all_ in {**seconds, **parts}.items()}, flush=True
+        )
+    return {"ways": summary(seconds), "parts": {n: statistics.median(all_) for n, all_ in parts.items()}}
 
 
 def page(result: dict[str, Any]) -> dict[str, Any]:
@@ -162,8 +177,9 @@ def page(result: dict[str, Any]) -> dict[str, Any]:
             "nothing is known about the folder; *again*: its list (and, on the device, its decoded pixels) come from "
             "the cache. *On the device*, the default for such a set, all images are decoded before the first step; *by "
             "workers*, they are decoded as they are needed. `ImageFolder` stands for the time until the first batch of "
-            "two views; its encoder, optimiser and step are not in it. The files had just been written, so that the "
-            "disk does not count on either side.",
+            "two views; its encoder, optimiser and step are not in it. Each way ran once a round, one process after "
+            "the other, and the order moved on from round to round; *again* came right after its *first*. The files "
+            "had just been written, so that the disk does not count on either side.",
             f"Of ours, {parts['imports']:.1f} s are imports; {parts['listing, first']:.1f} s go into the list of files "
             f"the first time and {parts['listing, again']:.2f} s after that.",
         ],
@@ -173,19 +189,19 @@ def page(result: dict[str, Any]) -> dict[str, Any]:
                 "question": f"first step on a folder of {files} files, the first time, by workers",
                 "ours": f"{first['median']:.1f} s",
                 "alternative": f"{ways[best]['median']:.1f} s (torchvision's {best}, first batch only)",
-                "ratio": f"{ways[best]['median'] / first['median']:.2f}×",
+                "ratio": times(ways[best]["median"] / first["median"]),
             },
             {
                 "question": f"first step on a folder of {files} files, again",
                 "ours": f"{ways[fastest]['median']:.1f} s ({fastest})",
                 "alternative": f"{ways[best]['median']:.1f} s (the same)",
-                "ratio": f"{ways[best]['median'] / ways[fastest]['median']:.2f}×",
+                "ratio": times(ways[best]["median"] / ways[fastest]["median"]),
             },
             {
                 "question": "`kinfold --help`",
                 "ours": f"{commands['kinfold --help']['median']:.2f} s",
                 "alternative": f"{commands['import torch']['median']:.2f} s (`import torch`)",
-                "ratio": f"{commands['import torch']['median'] / commands['kinfold --help']['median']:.1f}×",
+                "ratio": times(commands["import torch"]["median"] / commands["kinfold --help"]["median"]),
             },
         ],
     }
@@ -202,7 +218,7 @@ def main() -> None:
     words.add_argument("--files", type=int, default=100_000)
     words.add_argument("--rounds", type=int, default=3, help="of first steps")
     words.add_argument("--processes", type=int, default=10, help="of each short command")
-    words.add_argument("--quick", action="store_true", help="few files, once, to see that it runs")
+    words.add_argument("--quick", action="store_true", help="few files, once; prints, and writes nothing")
     given = words.parse_args()
     if given.quick:
         given.files, given.rounds, given.processes = 1000, 1, 2
@@ -220,7 +236,7 @@ def main() -> None:
         "commands": commands,
         "starts": found,
     }
-    print(write("startup", {**result, "page": page(result)}))
+    print(write("startup", {**result, "page": page(result)}, quick=given.quick))
 
 
 if __name__ == "__main__":

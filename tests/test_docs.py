@@ -263,14 +263,16 @@ def test_each_of_the_seven_promises_names_its_tests() -> None:
     assert all("::test_" in row for _, row in rows)
 
 
+def script(name: str) -> ModuleType:
+    """One of the scripts under benchmarks, as it is found by its neighbours."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        return importlib.import_module(name)
+
+
 def tables() -> ModuleType:
     """The script that makes the README's tables."""
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("tables")
 
 
 def test_the_figures_in_the_readme_are_those_of_the_result_files() -> None:
@@ -293,7 +295,7 @@ def test_every_row_of_figures_cites_a_result_file_or_says_that_there_is_none() -
 
 def test_a_result_file_becomes_a_row_with_mean_and_deviation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = tables()
-    monkeypatch.setattr(made, "RESULTS", tmp_path)
+    monkeypatch.setattr(script("result_files"), "RESULTS", tmp_path)
     assert all(NOT_YET in row for row in made.learning()[4:])
     runs = [
         {"seed": seed, "knn_untrained": 30.0, "knn_trained": 30.0 + gain, "gain": gain, "seconds": 100.0}
@@ -326,7 +328,7 @@ def test_a_result_file_becomes_a_row_with_mean_and_deviation(tmp_path: Path, mon
     assert "| `mIoU` | 12.3 | 4.2 | 3.5 | 100 s | [evaluation-patches.json]" in made.evaluation()[-1]
     assert sum(NOT_YET in row for row in made.evaluation()) == len(made.EVALUATION) - 1
     assert NOT_YET in made.features_memory()[-1]
-    parts = {part: {"mb_own_at_most": 41.6, "seconds": 7.2} for part in made.PARTS}
+    parts = {part: {"mb_own_at_most": 41.6, "seconds": 7.2} for part in script("tables_of_cost").PARTS}
     memory = {"images": 1281167, "features": 2048, "mb_of_the_features_on_disk": 10495.3, "mb_of_a_batch": 2.1}
     (tmp_path / "features-memory.json").write_text(json.dumps({**memory, "parts": parts, **about}))
     assert "1,281,167 synthetic images, 2,048 features each: 10.5 GB on the disk" in made.features_memory()[0]
