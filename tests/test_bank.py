@@ -199,7 +199,7 @@ def test_an_image_that_stands_twice_is_remembered_alike_in_any_order_of_writing(
 @pytest.mark.parametrize("repeats", [True, False])
 def test_no_step_waits_for_the_device(repeats: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     # The search has a way for devices other than a CPU, which is the one that must not wait.
-    monkeypatch.setattr(bank, "nearest_rows", partial(nearest_rows, screened=False))
+    monkeypatch.setattr(bank, "nearest_rows", partial(nearest_rows, way="selected"))
     memory = Bank(300, 4, BankMemory(nearest=32, repeats=repeats))
     with Watching([]) as watched:
         step_of(memory, torch.randint(300, (16,)))

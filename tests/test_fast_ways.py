@@ -27,8 +27,8 @@ from kinfold.learner import Learner
 
 SEARCHES: dict[str, Callable[..., Found]] = {
     "dense": nearest_rows_dense,
-    "screened": partial(nearest_rows, screened=True),
-    "whole blocks": partial(nearest_rows, screened=False),
+    "screened": partial(nearest_rows, way="screened"),
+    "selected": partial(nearest_rows, way="selected"),
 }
 OF_ENCODERS: list[Callable[[Case], None]] = [
     promises.test_the_gradient_reaches_the_query_and_nothing_else,

@@ -90,7 +90,7 @@ def test_single_precision_is_enough_for_the_losses(name: str) -> None:
     assert float(losses["invariance"]) == pytest.approx(WEIGHT * float(golden["L_inv"]), rel=1e-5)
 
 
-@pytest.mark.parametrize("way", ["dense", "screened", "whole blocks"])
+@pytest.mark.parametrize("way", ["dense", "screened", "selected"])
 @pytest.mark.parametrize("name", FILES)
 def test_every_way_to_search_gives_the_authors_losses_and_images(
     name: str, way: str, monkeypatch: pytest.MonkeyPatch
@@ -98,8 +98,8 @@ def test_every_way_to_search_gives_the_authors_losses_and_images(
     golden, learner = from_file(name)
     for size, value in {"_CELLS": 64, "_NARROWEST": 8, "_ROOM": 4}.items():  # many blocks, and hardly any room
         monkeypatch.setattr(search, size, value)
-    ways = {"dense": nearest_rows_dense, "screened": partial(nearest_rows, screened=True)}
-    ways["whole blocks"] = partial(nearest_rows, screened=False)
+    ways = {"dense": nearest_rows_dense, "screened": partial(nearest_rows, way="screened")}
+    ways["selected"] = partial(nearest_rows, way="selected")
     monkeypatch.setattr("kinfold.bank.nearest_rows", ways[way])
     losses, _ = learner.float()([golden["raw"].float()], golden["idx"], 0)
     assert float(losses["instance"]) == pytest.approx(float(golden["L_ins"]), rel=1e-5)

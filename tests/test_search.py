@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import tracemalloc
 import warnings
 from collections.abc import Callable
@@ -17,10 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kinfold.kernels import search
-from kinfold.kernels.search import nearest_rows, nearest_rows_dense
+from kinfold.kernels import screening, search
+from kinfold.kernels.search import Way, nearest_rows, nearest_rows_dense
 
-BOTH = pytest.mark.parametrize("screened", [True, False])
+EVERY = pytest.mark.parametrize("way", ["screened", "selected"])
 
 
 @pytest.fixture(autouse=True)
@@ -53,77 +54,75 @@ def test_the_reference_is_a_loop_over_pairs() -> None:
         assert list(zip(found, where)) == [(-value, n) for value, n in sorted(every)[:9]]
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @given(
     queries=st.integers(0, 16), rows=st.integers(0, 300), count=st.integers(1, 40), most=st.integers(0, 5),
     seed=st.integers(0, 1000),
 )  # fmt: skip
 def test_the_search_is_its_reference_and_of_equal_rows_the_first_wins(
-    dtype: torch.dtype, screened: bool, queries: int, rows: int, count: int, most: int, seed: int
+    dtype: torch.dtype, way: Way, queries: int, rows: int, count: int, most: int, seed: int
 ) -> None:
     asked, bank = whole(queries, 3, most=most, seed=seed).to(dtype), whole(rows, 3, most=most, seed=seed + 1).to(dtype)
-    found = nearest_rows(asked, bank, count, first=5, screened=screened)
+    found = nearest_rows(asked, bank, count, first=5, way=way)
     assert found[0].shape == (queries, min(count, rows))
     assert_same(found, nearest_rows_dense(asked, bank, count, first=5))
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("count", [1, 20, 400, 1000])
 @pytest.mark.parametrize("order", ["rising", "falling", "equal", "zero"])
-def test_rows_in_the_worst_order_are_found(order: str, count: int, screened: bool) -> None:
+def test_rows_in_the_worst_order_are_found(order: str, count: int, way: Way) -> None:
     numbers = torch.arange(400.0)
     steps = {"rising": numbers, "falling": -numbers, "equal": numbers * 0 + 2, "zero": numbers * 0}[order]
     rows, queries = steps[:, None].expand(-1, 2), whole(9, 2)
-    assert_same(nearest_rows(queries, rows, count, screened=screened), nearest_rows_dense(queries, rows, count))
+    assert_same(nearest_rows(queries, rows, count, way=way), nearest_rows_dense(queries, rows, count))
 
 
-@BOTH
-def test_what_is_not_a_number_is_found_first_and_infinities_keep_their_places(screened: bool) -> None:
+@EVERY
+def test_what_is_not_a_number_is_found_first_and_infinities_keep_their_places(way: Way) -> None:
     rows, queries = whole(300, 2), whole(10, 2, seed=3).abs() + 1
     rows[17], rows[203], rows[204, 0] = torch.nan, torch.nan, -torch.nan
     rows[40], rows[250], rows[260] = torch.inf, torch.inf, -torch.inf
     queries[4] = torch.nan  # it is as near to all rows
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = nearest_rows(queries, rows, 5, screened=screened)
+        found = nearest_rows(queries, rows, 5, way=way)
     assert found[1][0].tolist() == [17, 203, 204, 40, 250]
     assert found[1][4].tolist() == [0, 1, 2, 3, 4]
     assert_same(found, nearest_rows_dense(queries, rows, 5))
-    last = nearest_rows(queries, rows, 300, screened=screened)
+    last = nearest_rows(queries, rows, 300, way=way)
     assert last[1][0, -1] == 260
     assert_same(last, nearest_rows_dense(queries, rows, 300))
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_search_in_parts_is_the_whole_search(dtype: torch.dtype, screened: bool) -> None:
+def test_a_search_in_parts_is_the_whole_search(dtype: torch.dtype, way: Way) -> None:
     queries, rows = whole(10, 3).to(dtype), whole(200, 3, seed=1).to(dtype)
     known = None
     for start, stop in ((0, 6), (6, 6), (6, 130), (130, 200)):
-        known = nearest_rows(queries, rows[start:stop], 8, first=start, known=known, screened=screened)
+        known = nearest_rows(queries, rows[start:stop], 8, first=start, known=known, way=way)
     assert known is not None
     assert_same(known, nearest_rows(queries, rows, 8))
     parts = nearest_rows_dense(queries, rows[:50], 8)
     assert_same(nearest_rows_dense(queries, rows[50:], 8, first=50, known=parts), known)
 
 
-@BOTH
-def test_minus_zero_is_zero_and_the_first_of_them_wins(screened: bool) -> None:
+@EVERY
+def test_minus_zero_is_zero_and_the_first_of_them_wins(way: Way) -> None:
     known = torch.tensor([[-0.0, -1.0]]), torch.tensor([[0, 1]])
-    similarity, places = nearest_rows(torch.ones(1, 1), torch.zeros(40, 1), 2, first=2, known=known, screened=screened)
+    similarity, places = nearest_rows(torch.ones(1, 1), torch.zeros(40, 1), 2, first=2, known=known, way=way)
     assert places.tolist() == [[0, 2]]
     assert similarity.tolist() == [[0, 0]]
 
 
-@BOTH
-def test_rounded_products_differ_from_the_references_by_rounding(
-    screened: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@EVERY
+def test_rounded_products_differ_from_the_references_by_rounding(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "_CELLS", 1 << 13)
     generator = torch.Generator().manual_seed(0)
     queries, rows = torch.randn(40, 24, generator=generator), torch.randn(3000, 24, generator=generator)
-    similarity, places = nearest_rows(queries, rows, 50, screened=screened)
+    similarity, places = nearest_rows(queries, rows, 50, way=way)
     expected = nearest_rows_dense(queries, rows, 50)
     torch.testing.assert_close(similarity, expected[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(torch.einsum("qd,qkd->qk", queries, rows[places]), similarity, rtol=1e-5, atol=1e-5)
@@ -131,23 +130,23 @@ def test_rounded_products_differ_from_the_references_by_rounding(
     assert all(len(set(some)) == 50 for some in places.tolist())
 
 
-@BOTH
-def test_strided_queries_maps_of_files_and_other_precisions_are_searched(screened: bool, tmp_path: Path) -> None:
+@EVERY
+def test_strided_queries_maps_of_files_and_other_precisions_are_searched(way: Way, tmp_path: Path) -> None:
     queries, rows = whole(3, 20)[:, ::2].T, whole(4, 260, seed=1).T[:, :3]
     expected = nearest_rows_dense(queries.contiguous(), rows.contiguous(), 7)
-    assert_same(nearest_rows(queries, rows, 7, screened=screened), expected)
+    assert_same(nearest_rows(queries, rows, 7, way=way), expected)
     np.save(tmp_path / "rows.npy", rows.numpy())
     mapped = torch.from_numpy(np.load(tmp_path / "rows.npy", mmap_mode="c"))
-    assert_same(nearest_rows(queries, mapped, 7, screened=screened), expected)
-    assert_same(nearest_rows(queries, rows.half(), 7, screened=screened), expected)
+    assert_same(nearest_rows(queries, mapped, 7, way=way), expected)
+    assert_same(nearest_rows(queries, rows.half(), 7, way=way), expected)
 
 
-@BOTH
-def test_neither_gradient_nor_autocast_reaches_in(screened: bool) -> None:
+@EVERY
+def test_neither_gradient_nor_autocast_reaches_in(way: Way) -> None:
     queries, rows = torch.randn(5, 6).requires_grad_(), torch.randn(90, 6).requires_grad_()
-    expected = nearest_rows(queries, rows, 4, screened=screened)
+    expected = nearest_rows(queries, rows, 4, way=way)
     with torch.autocast("cpu", torch.bfloat16):
-        found = nearest_rows(queries, rows, 4, screened=screened)
+        found = nearest_rows(queries, rows, 4, way=way)
         dense = nearest_rows_dense(queries, rows, 4)
     assert_same(found, expected)
     assert not found[0].requires_grad
@@ -155,9 +154,9 @@ def test_neither_gradient_nor_autocast_reaches_in(screened: bool) -> None:
     torch.testing.assert_close(dense[0], found[0], rtol=1e-5, atol=1e-5)
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("order", ["random", "rising"])
-def test_all_similarities_are_never_in_memory(order: str, screened: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_similarities_are_never_in_memory(order: str, way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
 
     def watched(pack: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
@@ -167,18 +166,18 @@ def test_all_similarities_are_never_in_memory(order: str, screened: bool, monkey
 
         return watching
 
-    for name in ("_pack", "_pack_host"):
-        monkeypatch.setattr(search, name, watched(getattr(search, name)))
+    for module in (search, screening):
+        monkeypatch.setattr(module, "_pack", watched(module._pack))
     monkeypatch.setattr(search, "_CELLS", 1 << 12)
     rows = torch.randn(20000, 1) if order == "random" else torch.arange(20000.0)[:, None]
     queries = torch.ones(7, 1)
     tracemalloc.start()
-    nearest_rows(queries, rows, 10, screened=screened)
+    nearest_rows(queries, rows, 10, way=way)
     host = tracemalloc.get_traced_memory()[1]  # what numpy holds
     tracemalloc.stop()
     assert max(sizes) <= 1 << 12
     assert host < 7 * 20000
-    if screened and order == "random":  # most rows are passed over
+    if way == "screened" and order == "random":  # most rows are passed over
         assert sum(sizes) < 7 * 20000 / 10
 
 
@@ -201,4 +200,22 @@ def test_what_cannot_be_searched_is_refused(
 
 def test_other_devices_do_not_screen() -> None:
     with pytest.raises(ValueError, match="only the CPU screens"):
-        nearest_rows(torch.zeros(2, 3, device="meta"), torch.zeros(4, 3, device="meta"), 1, screened=True)
+        nearest_rows(torch.zeros(2, 3, device="meta"), torch.zeros(4, 3, device="meta"), 1, way="screened")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_each_thread_screens_for_queries_of_its_own(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "_QUERIES", 4096)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    screening_now: dict[int, int] = {}
+
+    def watched(queries: Tensor, *given: Any, **named: Any) -> Tensor:
+        screening_now[threading.get_ident()] = len(queries)
+        assert not torch.is_grad_enabled()
+        return screening.screen(queries, *given, **named)
+
+    monkeypatch.setattr(search, "screen", watched)
+    queries, rows = whole(50, 3), whole(300, 3, seed=1)
+    assert_same(nearest_rows(queries, rows, 9), nearest_rows_dense(queries, rows, 9))
+    assert sum(screening_now.values()) == 50 or threads > 1  # one thread may have done the work of two
+    assert (threading.get_ident() in screening_now) == (threads == 1)
