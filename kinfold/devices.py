@@ -16,10 +16,7 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # as malloc.h of the GNU C library nu
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`, or the best one for `auto`; a GPU becomes this process's, a CPU keeps freed memory.
-
-    Raises `UserError` for one that is not there.
-    """
+    """The device called `name`, or the best one for `auto`. Raises `UserError` for one that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -43,19 +40,19 @@ def choose_device(name: str) -> torch.device:
         torch.cuda.set_device(device)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device: mps was asked for, but there is none here. Use device=cpu.")
-    if device.type == "cpu":
-        keep_freed_memory()
     return device
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep up to 2 GB that it has freed for its next tensors; True where that can be asked for.
+    """Let this process keep memory that it has freed for its next tensors; True where that can be asked for.
 
     The C library of Linux gives large blocks back to the system and asks for them again, thousands of pages that the
-    system clears each time a step makes the same tensors anew. Where `MALLOC_TRIM_THRESHOLD_` or
-    `MALLOC_MMAP_THRESHOLD_` is set in the environment, it stays as somebody wanted it.
+    system clears each time a step makes the same tensors anew. What is kept is at most 2 GB at the end of the heap, and
+    what lies between blocks that are in use. Where the environment says something of these bounds, they stay as they
+    are.
     """
-    if platform.libc_ver()[0] != "glibc" or {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys():
+    said = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys()
+    if platform.libc_ver()[0] != "glibc" or said or "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", ""):
         return False
     change = ctypes.CDLL(None).mallopt
     return bool(
