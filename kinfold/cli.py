@@ -183,10 +183,10 @@ def pack(
     JPEG files that are small enough and upright keep their bytes. The same command goes on after it was stopped; once
     more with --split adds another split to the same folder.
     """
+    from kinfold.console import bar
     from kinfold.data.pack import Packing
     from kinfold.data.pack import pack as write
     from kinfold.data.sources import open_source
-    from kinfold.evaluate.features import bar
 
     how = Packing(split=split, short_side=short_side, quality=quality, png=png, format=format, shard_mb=shard_mb)
     how.check()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a person sees while a run runs: a bar in a terminal, lines elsewhere."""
+"""What a person sees while a run or another long piece of work goes on: a bar in a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import IO, Self
 
 from rich.console import Console as Terminal
 from rich.console import Group
 from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from kinfold import distributed
 
 _PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
 _WINDOW = 60.0  # seconds of the recent past from which the time left is told
@@ -129,6 +133,22 @@ class Console:
             self._left(),
         )
         return Group(bar, Text(" · ".join(self._facts), style="dim", overflow="ellipsis"))
+
+
+@contextmanager
+def bar(text: str | None, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar over `total` on a terminal; yields what to call with the number of things done.
+
+    Nothing is shown without a text, where the errors do not go to a terminal, or by another process than the main one.
+    """
+    terminal = Terminal(stderr=True)
+    if text is None or not terminal.is_terminal or not distributed.is_main():
+        yield lambda count: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=terminal, transient=True) as progress:
+        task = progress.add_task(text, total=total)
+        yield lambda count: progress.advance(task, count)
 
 
 def _duration(seconds: float) -> str:

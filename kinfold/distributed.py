@@ -20,11 +20,16 @@ from torch.autograd.function import once_differentiable
 
 
 def start(device: str) -> None:
-    """Join the other processes where torchrun started several; nccl on CUDA devices, gloo elsewhere."""
+    """Join the other processes where torchrun started several; nccl on CUDA devices, gloo elsewhere.
+
+    A process that trains on CUDA has chosen its device before.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         # The first rank decodes and probes while the others wait: the usual ten minutes are too short for large sets.
-        kind = "nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(kind, timeout=timedelta(hours=2))
+        on_cuda = device.startswith("cuda")
+        # Told its device, nccl joins the processes now, and not on a device that it guesses at the first barrier.
+        own = torch.device("cuda", torch.cuda.current_device()) if on_cuda else None
+        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(hours=2), device_id=own)
 
 
 def stop() -> None:

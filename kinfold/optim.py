@@ -221,10 +221,13 @@ def _trusted(size: Tensor, slope: Tensor, trust: float) -> Tensor:
 def build_optimizer(how: SGD | LARS | AdamW, model: nn.Module, *, fused: bool | None = None) -> torch.optim.Optimizer:
     """Make the optimiser for the parameters of `model` that take a gradient; the rate is set at each step.
 
-    `fused` updates all parameters in a few kernels, with results that agree with the plain form to rounding; None does
-    so where they are on a GPU. A state of either form, from any device, can be loaded.
+    `fused` updates all parameters in a few kernels, with results that agree with the plain form to rounding; false is
+    the plain form, one parameter after the other, and None fuses where they are on a GPU. A state of either form, from
+    any device, can be loaded.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
+    # On a GPU torch's own choice in place of a fused form is the one for lists, which is not the plain one either.
+    foreach = False if fused is False else None
     if fused is None:
         fused = all(p.is_cuda for p in trained)
     if isinstance(how, LARS):
@@ -237,7 +240,12 @@ def build_optimizer(how: SGD | LARS | AdamW, model: nn.Module, *, fused: bool | 
             {"params": [p for p in trained if p.ndim > 1]},
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
-    shared: dict[str, Any] = {"lr": 0.0, "weight_decay": how.weight_decay, "fused": fused or None}
+    shared: dict[str, Any] = {
+        "lr": 0.0,
+        "weight_decay": how.weight_decay,
+        "fused": fused or None,
+        "foreach": foreach,
+    }
     optimizer: torch.optim.Optimizer
     if isinstance(how, SGD):
         optimizer = torch.optim.SGD(groups, momentum=how.momentum, nesterov=how.nesterov, **shared)

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from kinfold import __version__, checkpoint, distributed, health
-from kinfold.console import Console
+from kinfold.console import Console, bar
 from kinfold.data.loader import Batch, Loader
 from kinfold.data.sources import Source, open_source
-from kinfold.devices import choose_device, choose_workers
+from kinfold.devices import choose_device, choose_workers, keep_freed_memory
 from kinfold.errors import UserError
-from kinfold.evaluate.features import bar
 from kinfold.export import export_backbone
 from kinfold.interrupt import Interrupt
 from kinfold.log import MetricsLog, Sink, read_metrics
@@ -204,6 +203,8 @@ def probed(folder: Path, step: int) -> dict[str, float]:
 def begin(recipe: Recipe, run: Run, *, quiet: bool) -> Training:
     """Join the other processes, open folder and images, and make everything that trains, in its first state."""
     device = choose_device(run.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     distributed.start(device.type)
     if run.compile == "graphs" and (recipe.accumulate > 1 or distributed.world() > 1):
         # A graph's gradients lie in memory that its next replay writes over: they cannot be summed up or sent in peace.

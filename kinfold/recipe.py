@@ -143,10 +143,10 @@ class Run:
     workers: Annotated[int, Field(ge=0)] | None = None
     """processes that decode images; none for sets that live on the device, else one a core up to 16, if not given"""
     decode: Literal["cpu", "device"] = "cpu"
-    """`device`: JPEGs are decoded by an NVIDIA device, for machines with few cores a device; its pixels are not those
-    of `cpu`, above all beside coloured edges, so the two do not train to the same bits"""
+    """`device`: JPEGs are decoded by an NVIDIA device, at each step, for machines with few cores a device; its pixels
+    are not those of `cpu`, above all beside coloured edges, so the two do not train to the same bits"""
     resident: bool | None = None
-    """keep the decoded set on the device; decided by its size if not given"""
+    """keep the decoded set on the device; decided by its size if not given, and never with `decode=device`"""
     compile: Literal[False, True, "graphs"] = False
     """compile the encoders (torch.compile): slower to start, then faster; `graphs` also replays them as CUDA graphs,
     for small models on one GPU"""

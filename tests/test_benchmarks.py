@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import io
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import PIL
+import PIL.Image
 import pytest
 import torch
 
@@ -22,11 +24,6 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 QUICK = ("bank_search", "features_memory", "loop_overhead", "resident")
 """scripts that need none of the alternatives, and start processes of their own"""
-
-
-def shown() -> list[str]:
-    """The stored results that stand on the page of performance."""
-    return [path.stem for path in sorted(RESULTS.glob("*.json")) if "page" in json.loads(path.read_text("utf-8"))]
 
 
 @pytest.fixture
@@ -89,10 +86,12 @@ def test_a_quick_run_prints_its_result_and_leaves_what_is_stored_as_it_was(
     assert told(capsys.readouterr().out, pages)["versions"]["kinfold"]
 
 
-@pytest.mark.parametrize("name", shown())
-def test_a_stored_result_says_of_its_figures_what_its_script_says(name: str, pages: ModuleType) -> None:
-    result = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
-    assert result["page"] == pages.page_of(result), "run python benchmarks/pages.py"
+def test_a_stored_result_says_of_its_figures_what_its_script_says(pages: ModuleType) -> None:
+    stored = pages.stored()
+    assert {"loop-overhead", "features-memory", "knn-speed"} <= {path.stem for path in stored}
+    for path in stored:
+        result = json.loads(path.read_text("utf-8"))
+        assert result.get("page") == pages.page_of(result), f"{path.name}: run python benchmarks/pages.py"
 
 
 def test_a_text_that_drifted_from_the_figures_is_noticed_and_mended(
@@ -101,6 +100,9 @@ def test_a_text_that_drifted_from_the_figures_is_noticed_and_mended(
     result = json.loads((RESULTS / "knn-speed.json").read_text("utf-8"))
     result["seconds"]["kinfold"]["median"] = 98.76
     (tmp_path / "knn-speed.json").write_text(json.dumps(result), "utf-8")
+    pageless = json.loads((RESULTS / "loop-overhead.json").read_text("utf-8"))
+    pageless.pop("page", None)
+    (tmp_path / "loop-overhead.json").write_text(json.dumps(pageless), "utf-8")
     monkeypatch.setattr(pages, "RESULTS", tmp_path)
     monkeypatch.setattr("sys.argv", ["pages.py", "--check"])
     with pytest.raises(SystemExit, match=r"run python benchmarks/pages\.py"):
@@ -114,6 +116,7 @@ def test_a_text_that_drifted_from_the_figures_is_noticed_and_mended(
     assert {key: value for key, value in mended.items() if key != "page"} == {
         key: value for key, value in result.items() if key != "page"
     }
+    assert json.loads((tmp_path / "loop-overhead.json").read_text("utf-8"))["page"]["title"] == "What the loop costs"
 
 
 def test_a_result_says_with_which_packages_it_was_measured(
@@ -153,6 +156,10 @@ def test_a_ratio_is_the_median_over_the_rounds_and_not_the_ratio_of_the_medians(
     assert (found["ours"]["least"], found["ours"]["median"], found["ours"]["greatest"]) == (1.0, 2.0, 4.0)
 
 
+def test_results_of_other_devices_have_names_of_their_own(measured: ModuleType) -> None:
+    assert [f"resident{measured.suffix(device)}" for device in ("cpu", "cuda")] == ["resident", "resident-cuda"]
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0.0, "0"), (0.00123, "0.00123"), (0.4968, "0.497"), (1.739, "1.74"), (98.64, "98.6"), (1372.4, "1,372")],
@@ -188,3 +195,111 @@ def test_rows_in_clusters_lie_one_behind_the_other_and_have_length_one(measured:
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(10_000))
     own = (rows @ centres.T).argmax(1)  # [N]
     assert own.tolist() == [number * 4 // 10_000 for number in range(10_000)]
+
+
+def test_the_page_of_starting_compares_round_by_round_and_takes_no_import_for_an_alternative(
+    measured: ModuleType,
+) -> None:
+    startup = importlib.import_module("startup")
+    ways = {name: [10.0, 20.0, 30.0] for name in startup.OURS}
+    ways["by workers, first"] = [1.0, 2.0, 4.0]
+    ways["by workers, again"] = [1.0, 1.0, 1.0]
+    ways |= {"ImageFolder, 0 workers": [2.0, 3.0, 40.0], "ImageFolder, 2 workers": [50.0, 60.0, 70.0]}
+    commands = {name: [0.2 + 0.1 * number] * 2 for number, name in enumerate(startup.COMMANDS)}
+    parts = {"imports": 1.5, "listing, first": 0.5, "listing, again": 0.01}
+    starts = {"ways": measured.summary(ways), "parts": parts}
+    page = startup.page({"files": 100_000, "commands": measured.summary(commands), "starts": starts})
+    assert [len(row) for row in page["table"]["rows"]] == [3] * (len(commands) + len(ways))
+    told = [(row["ours"], row["alternative"], row["ratio"]) for row in page["summary"]]
+    assert told == [
+        ("2.0 s", "3.0 s (torchvision's ImageFolder, 0 workers, first batch only)", "2.00×"),  # of 2, 1.5 and 10
+        ("1.0 s (by workers, again)", "3.0 s (the same)", "3.00×"),
+        ("0.20 s", "0.40 s (`import torch`)", ""),
+    ]
+
+
+def loader_result(measured: ModuleType, loader: ModuleType, **large: list[float]) -> dict[str, Any]:
+    """A result of loader_speed.py with made-up figures."""
+    core = {loader.OURS: [1.0, 2.0, 4.0], loader.WHOLE: [2.0, 4.0, 4.0]}
+    core |= {name: [4.0, 8.0, 80.0] for name in (loader.PIL, loader.TORCHVISION, loader.LIGHTLY)}
+    return {
+        "images": 2,
+        "bytes": 242_000,
+        "one_core": measured.summary({name: [s / 1000 for s in all_] for name, all_ in core.items()}),
+        "large_photo_size": [4000, 3000],
+        "large_photo": measured.summary({"at a fraction": [0.06, 0.06], "in full": [0.2, 0.2], **large}),
+        "two_workers": {"images_per_second": 300.0, "waiting": 0.02},
+        "packing": {"seconds_an_image": 0.3, "short_side": 512, "bytes_before": 8e6, "bytes_after": 8e5},
+    }
+
+
+def test_views_of_photographs_are_compared_round_by_round_and_packed_ones_where_measured(measured: ModuleType) -> None:
+    loader = importlib.import_module("loader_speed")
+    before, packed = (loader.page(loader_result(measured, loader, **more)) for more in ({}, {"packed": [0.005, 0.005]}))
+    assert [row[3] for row in packed["table"]["rows"]] == ["1", "2.00×", "4.00×", "4.00×", "4.00×"]
+    assert [row["ratio"] for row in packed["summary"]] == ["4.00×, 4.00×, 4.00×", "2.00×, 2.00×, 2.00×", ""]
+    assert len(before["summary"]) == 2
+    assert "200 ms in full and 60.0 ms with images.scaled_decode=true." in before["text"][2]
+    assert "5.00 ms: the other two take 40.0× and 12.0× as long." in packed["text"][2]
+    assert "300 ms a photo, once, and made 8.00 MB into 0.800 MB" in packed["text"][2]
+
+
+def test_a_packed_photo_is_a_small_one(measured: ModuleType) -> None:
+    loader = importlib.import_module("loader_speed")
+    files = loader.Files([loader.photo(0, 600, 800)], 2)
+    shrunk, found = loader.packed(files)
+    assert len(shrunk) == 2
+    assert [PIL.Image.open(io.BytesIO(shrunk.read(i))).size for i in range(2)] == [(683, 512)] * 2
+    assert found["bytes_after"] == 2 * len(shrunk.read(0)) < found["bytes_before"] == 2 * len(files.read(0))
+
+
+def test_the_page_of_the_bank_names_the_sizes_at_which_ours_is_slower(measured: ModuleType) -> None:
+    search = importlib.import_module("bank_search")
+    turns = measured.summary({"blocked": [1.0, 2.0], "dense": [2.0, 3.0]})
+
+    def one(seconds: float) -> dict[str, Any]:
+        return {"seconds": {"median": seconds, "least": seconds, "greatest": seconds}, "bytes": 10**8}
+
+    growth: dict[str, Any] = {
+        "1000": {"blocked": one(0.4), "dense": one(0.2)},
+        "3000": {"blocked": one(1.0), "dense": one(4.0)},
+        "9000": {"blocked": one(2.0), "dense": None},
+    }
+    result = {
+        "queries": 256,
+        "nearest": 100,
+        "width": 128,
+        "device": "cpu",
+        "threads": 2,
+        "growth": growth,
+        "together": {"rows": 3000, "seconds": turns, "rows_in_common": 1.0},
+    }
+    page = search.page(result)
+    assert any("Slower than dense at N = 1,000 (0.50× as fast), each way" in text for text in page["text"])
+    row = next(row for row in page["summary"] if "process of its own" in row["question"])
+    assert row["ours"] == "0.400 to 1.00 s"
+    assert row["alternative"] == "0.200 s (dense, 1,000 rows), 4.00 s (dense, 3,000 rows)"
+    assert row["ratio"] == "0.50×, 4.00×"
+    growth["1000"]["dense"] = one(0.5)
+    assert not any("Slower" in text for text in search.page(result)["text"])
+
+
+def test_a_set_on_another_device_has_a_page_of_its_own(measured: ModuleType) -> None:
+    resident = importlib.import_module("resident")
+    seconds = {"resident": [1e-5, 1e-5], "torchvision, 0 workers": [1e-3, 1e-3]}
+    result = {
+        "images": 50_000,
+        "batch": 256,
+        "workers": 2,
+        "threads": 1,
+        "start_up_seconds": {name: {"median": 1.0} for name in ("first time", "second time", "no decoded images kept")},
+        "views": {
+            "seconds_an_image": measured.summary(seconds),
+            "parts_of_ours": {"crops": {"median": 5e-6}, "numbers": {"median": 1e-6}},
+        },
+    }
+    here, there = (resident.page({**result, "device": device}) for device in ("cpu", "cuda"))
+    assert here["title"] != there["title"]
+    assert here["table"]["columns"] != there["table"]["columns"]  # else the page would put both into one table
+    assert "the views are copied to the device" in there["text"][1]
+    assert [row["ratio"] for row in there["summary"]] == ["", "100.0×"]

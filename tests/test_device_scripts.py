@@ -3,10 +3,15 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
+import math
 import os
+import shlex
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +19,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
+import torch
+from command_lines import ROOT, taken
 
 
 @pytest.fixture
@@ -97,6 +102,16 @@ def test_what_is_done_is_not_done_again_until_the_code_is_another(
     assert [log.read_text().count("ran") for log in logs] == [2, 2]
 
 
+def test_a_machine_that_is_new_goes_on_with_the_folder_that_was_carried_to_it(
+    everything: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    steps = {"one": (writing(everything, "a"), "a", 0, 60)}
+    command(everything, monkeypatch, steps, out=tmp_path / "out")
+    monkeypatch.setattr(everything, "RESULTS", tmp_path / "new")
+    code, record = command(everything, monkeypatch, steps, out=tmp_path / "out")
+    assert (code, record["one"]["state"]) == (0, "done before")
+
+
 def test_a_step_that_takes_too_long_ends_with_all_its_processes(
     everything: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -123,18 +138,34 @@ def test_a_step_is_not_begun_without_the_seconds_that_it_needs(
     assert [record[name]["state"] for name in steps] == ["no time", "unfinished"]
 
 
-def test_every_step_names_a_script_that_takes_its_words(script: Callable[[str], ModuleType]) -> None:
+def test_every_step_names_a_script_that_takes_its_words(script: Callable[[str], ModuleType], tmp_path: Path) -> None:
     everything, sections = script("device_all"), script("performance_sections")
     wanted = {each.name for one in sections.SECTIONS for each in one.files}
     for step in everything.STEPS:
         assert step.result is None or step.result in {*wanted, "device-agrees"}, step.name
-        files = [ROOT / word for word in step.words if word.endswith(".py")]
-        assert files, step.name
-        assert all(file.is_file() for file in files), step.name
-        text = files[0].read_text(encoding="utf-8")
-        assert all(f'"{word}"' in text for word in step.words if word.startswith("--")), step.name
-        if step.words[0].startswith("benchmarks/"):
-            assert '"--quick"' in text, step.name
+        given = argparse.Namespace(
+            device="cuda", data="CIFAR10", note="Made anew.", out=tmp_path, settings=["compile=true"], quick=True
+        )
+        meant = taken(shlex.join(["python", *everything.filled(step, given, 100.0)[1:]]))
+        assert meant.quick, step.name
+        assert meant.device == "cuda", step.name
+        assert getattr(meant, "data", "CIFAR10") == "CIFAR10", step.name
+
+
+def test_a_recipe_that_is_given_no_end_is_stopped_by_a_signal_alone(script: Callable[[str], ModuleType]) -> None:
+    recipe = script("cifar10_gpu")
+    threads, before = threading.active_count(), signal.getsignal(signal.SIGTERM)
+    with recipe.Clock(math.inf).stopping():
+        assert threading.active_count() == threads
+        with pytest.raises(SystemExit) as stopped:
+            signal.raise_signal(signal.SIGTERM)
+        assert stopped.value.code == recipe.UNFINISHED
+    assert signal.getsignal(signal.SIGTERM) == before
+    with recipe.Clock(60.0).stopping():
+        assert threading.active_count() == threads + 1
+    with pytest.raises(SystemExit) as stopped, recipe.Clock(0.0).stopping():
+        pass
+    assert stopped.value.code == recipe.UNFINISHED
 
 
 def test_the_step_of_a_model_is_measured_as_far_as_memory_goes(
@@ -167,6 +198,145 @@ def test_the_step_of_a_model_is_measured_as_far_as_memory_goes(
         "forward and backward alone",
     ]
     assert "out of memory" in found["page"]["text"][-1]
+
+
+def test_a_search_that_fails_in_its_own_process_leaves_the_others_and_every_size_is_written_at_once(
+    script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search, measured = script("bank_search"), script("measured")
+    written: list[dict[str, Any]] = []
+    charts: list[list[str]] = []
+    one = {"seconds": {"median": 1.0, "least": 1.0, "greatest": 1.0, "all": [1.0]}, "bytes": 10**6}
+
+    def child(command: list[str], **_: Any) -> argparse.Namespace:
+        fails = "dense" in command and "2000" in command
+        return argparse.Namespace(returncode=-9 if fails else 0, stdout=f"{json.dumps(one)}\n")
+
+    def turns(asked: argparse.Namespace, clusters: int | None = None) -> dict[str, Any]:
+        seconds = measured.summary({"blocked": [1.0], "dense": [2.0]})
+        return {"rows": asked.rows, "clusters": clusters, "seconds": seconds, "rows_in_common": 1.0}
+
+    monkeypatch.setattr(search.subprocess, "run", child)
+    monkeypatch.setattr(search, "together", turns)
+    monkeypatch.setattr(search, "write", lambda name, result, **_: written.append(json.loads(json.dumps(result))))
+    monkeypatch.setattr(search, "chart", lambda growth, place: charts.append(list(growth)))
+    monkeypatch.setattr(sys, "argv", ["bank_search.py", "--rows", "1000", "--growth", "2000", "3000"])
+    search.main()
+    assert [list(result["growth"]) for result in written] == [[], ["1000"], ["1000", "2000"], ["1000", "2000", "3000"]]
+    assert charts == [list(result["growth"]) for result in written[1:]]
+    assert [result["page"]["charts"] for result in written] == [[], *[["bank-search.png"]] * 3]
+    assert written[-1]["growth"]["2000"] == {"blocked": one, "dense": {"failed": "exit -9"}}
+    rows = {row[0]: row[1:] for row in written[-1]["page"]["table"]["rows"]}
+    assert rows["2,000"] == ["1.00 (1.00 to 1.00)", "failed (exit -9)", "1.00", ""]
+    assert search.page(written[-1]) == written[-1]["page"]
+
+
+def test_the_row_of_a_recipe_names_its_settings_and_the_page_what_is_to_be_known_of_the_images(
+    script: Callable[[str], ModuleType],
+) -> None:
+    recipe = script("cifar10_gpu")
+    result = dict.fromkeys(("images_per_second", "seconds_per_epoch", "seconds", "utilisation", "bf16_flops"), 1.0)
+    result |= {"recipe": "sce/cifar10", "settings": ["batch_size=512"], "batch_size": 512}
+    result |= {"peak_gpu_memory_mb": None, "epochs": 200, "epochs_done": 7.0}
+    plain, noted = (recipe.page({**result, **more}) for more in ({}, {"note": "Drawn by hand."}))
+    assert plain["table"]["rows"][0][:3] == ["`sce/cifar10 batch_size=512`", "512", "7 of 200"]
+    assert noted["text"] == [*plain["text"], "Drawn by hand."]
+
+
+def test_from_files_the_steps_whose_images_lay_ready_do_not_count(script: Callable[[str], ModuleType]) -> None:
+    step, pages = script("gpu_step"), script("gpu_step_page")
+    words = {"batch": 256, "files": 4096, "device": "cpu", "quick": False}
+
+    def stretch(steps: int, workers: int, **how: bool) -> tuple[int, int]:
+        given = argparse.Namespace(**{**words, **how}, steps=steps, settings=[f"workers={workers}"])
+        found: tuple[int, int] = step.stretch(given, resident=how.get("resident", False))
+        return found
+
+    assert stretch(60, 16) == (200, 96)
+    assert stretch(60, 2) == (200, 18)
+    assert stretch(150, 16) == (246, 96)
+    assert stretch(60, 16, resident=True) == stretch(60, 16, quick=True) == (60, 18)
+    found = {"images_per_second": 90.0, "waiting_for_images": 0.1}
+    result = {
+        **dict.fromkeys(("backbone", "size", "batch_size", "precision", "compile", "machine_cores", "steps"), 1),
+        "files": 4096,
+        "kilobytes_of_a_photograph": 110,
+        "batch_norm_splits": [1, 1],
+        "rounds": [{}],
+        "failed": {},
+        "share_of_the_encoders_alone": {},
+        "utilisation": {"from_files": 0.4},
+    }
+    before, now = (
+        pages.page({**result, "medians": {"from_files": {**found, **more}}})["text"][1]
+        for more in ({}, {"steps": 112, "steps_left_out": 96})
+    )
+    assert now == f"{before} From files 112 steps count; the 96 before them do not, as workers have made images " + (
+        "ahead for these."
+    )
+
+
+def test_a_measurement_that_was_stopped_is_none(
+    script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    step = script("gpu_step")
+    stopped = argparse.Namespace(step=7, steps=64, folder=tmp_path)
+    monkeypatch.setattr(step, "pretrain", lambda *_, **__: stopped)
+    given = argparse.Namespace(batch=256, files=4096, device="cpu", quick=False, steps=60, settings=[])
+    with pytest.raises(SystemExit, match="stopped at step 7 of 64"):
+        step.speed_whole(given, torch.device("cpu"), tmp_path, tmp_path, resident=True)
+
+
+def broken() -> None:
+    """A contender without a compiler."""
+    raise RuntimeError("no compiler\nat all")
+
+
+def test_a_contender_that_fails_leaves_the_others_and_every_case_is_written_at_once(
+    script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    augment = script("augment_speed")
+    written: list[dict[str, Any]] = []
+
+    def prepared(looks: Any, batch: int, device: torch.device, failed: dict[str, str]) -> dict[str, Any]:
+        others = {"kornia": broken if looks[0].size == 224 else int, "torchvision": int}
+        return {"both": {"ours": int, **others}}
+
+    monkeypatch.setattr(augment, "prepared", prepared)
+    monkeypatch.setattr(augment, "KORNIA", False)
+    monkeypatch.setattr(augment, "write", lambda name, result, **_: written.append(json.loads(json.dumps(result))))
+    monkeypatch.setattr(torch, "set_num_threads", int)
+    monkeypatch.setattr(sys, "argv", ["augment_speed.py", "--threads", "1", "--rounds", "1"])
+    augment.main()
+    assert [len(result["timed"]) for result in written] == [1, 2, 3, 4]
+    assert [list(one["seconds"]) for one in written[-1]["timed"]] == [["ours", "torchvision"]] * 2 + [
+        ["ours", "kornia", "torchvision"]
+    ] * 2
+    page = written[-1]["page"]
+    assert page["text"][-1] == "Failed at least once, and left out there: kornia (RuntimeError: no compiler)."
+    assert [row[-2] == "" for row in page["table"]["rows"]] == [True, True, False, False]
+    assert ["2 cases" in row["question"] for row in page["summary"]] == [True, False]
+    with pytest.raises(RuntimeError, match="no compiler"):
+        augment.working({"ours": broken}, {})
+
+
+def test_memory_that_is_still_to_be_read_is_watched_while_files_are_decoded(
+    script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    agrees = script("device_agrees")
+    how = {"resident": False, "workers": 0}
+    assert agrees.memory(how, torch.device("cpu"), tmp_path) == (0.0, 0.0)
+    decoders = agrees.checks(torch.device("cuda"))
+    assert "memory while files are decoded there" in decoders
+    ones = torch.ones
+
+    def written_over(*shape: int, **words: Any) -> torch.Tensor:
+        made = ones(*shape, **words)
+        made[0, 0, 0] = 7  # as by a decoder that was given memory of others
+        return made
+
+    monkeypatch.setattr(torch, "ones", written_over)
+    assert agrees.memory(how, torch.device("cpu"), tmp_path) == (6.0, 0.0)
 
 
 def test_the_step_in_parts_is_whole_with_and_without_each_change(

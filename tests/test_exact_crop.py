@@ -87,8 +87,14 @@ def test_products_of_a_device_that_may_drop_bits_are_not_trusted() -> None:
 def test_one_product_is_only_trusted_where_float32_holds_every_sum() -> None:
     for size in (1, 7, 32, 96, 224):
         taps = _taps(int(_ONE_PRODUCT * size), size, CPU)
-        greatest = 255 * taps.weight.sum(2).amax(1).double() + 2.0 ** (taps.bits.double() - 1)
+        greatest = 255 * taps.weight.sum(2).amax(1).double() + taps.one.double() / 2
         assert greatest[1:].max() < 2**24
+
+
+def test_what_weights_are_divided_by_is_a_power_of_two_to_the_bit() -> None:
+    for length, size in ((32, 32), (1000, 3), (90, 224)):
+        mantissa, _ = np.frexp(_taps(length, size, CPU).one.numpy())
+        assert (mantissa == 0.5).all()
 
 
 def test_the_rows_of_a_matrix_weigh_one_and_nothing_outside_of_the_box() -> None:

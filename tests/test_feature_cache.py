@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import time
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_knn import Largest
 from test_processes import free_port
 from test_resume import processes
 from torch import Tensor, nn
@@ -120,6 +122,46 @@ def test_without_a_cache_the_same_comes_and_nothing_stays(tmp_path: Path, monkey
         assert torch.equal(kept, loose)
         assert len(positions) == 19
         assert [place.name for place in tmp_path.iterdir()] == ["cache"]
+
+
+class Wide(Rows):
+    """[B, 1, 8, 8] to 4096 numbers."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).repeat(1, 64)  # [B, 4096]
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["kept", "not kept"])
+def test_features_on_their_way_to_the_disk_take_no_more_memory_for_more_images(
+    cached: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kinfold.evaluate.features.IN_MEMORY", 0)
+    monkeypatch.setattr("kinfold.evaluate.feature_cache._ROWS", 4)
+    network = Wide()
+    few, many = WithHoles(40, {3, 30}), WithHoles(160, {3, 30})
+    real, made = feature_cache.Writing.write, list[int]()
+
+    def write(self: feature_cache.Writing, rows: np.ndarray, features: Tensor) -> None:
+        made.append(network.calls)
+        real(self, rows, features)
+
+    monkeypatch.setattr(feature_cache.Writing, "write", write)
+
+    def largest(source: Source) -> int:
+        with Largest() as watched:
+            features, _ = labelled(source, tmp_path if cached else None).features(frozen(network), network, source)
+        assert features.shape == (len(source) - 2, 4096)
+        return watched.numbers
+
+    assert largest(few) == 7 * 4096  # a batch
+    tracemalloc.start()  # what numpy holds
+    try:
+        assert largest(many) == 7 * 4096
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 160 * 4096 * 4 / 4
+    assert made == list(range(1, 1 + 6 + 23))  # each batch is written before the next is made
 
 
 def test_images_that_do_not_decode_are_left_out_and_named_every_time(tmp_path: Path) -> None:

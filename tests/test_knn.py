@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kinfold.data.sources import Subset, open_source
 from kinfold.encoders import Backbone, Encoder, Head, build_backbone, build_head
@@ -113,6 +116,41 @@ def test_blocks_of_any_size_find_the_same_neighbours(block: int, bank_block: int
     assert [part.rows.start for part in found] == list(range(0, 17, block))
     torch.testing.assert_close(torch.cat([part.similarity for part in found]), expected.values)
     assert torch.equal(torch.cat([part.places for part in found]), expected.indices)
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many numbers the largest tensor has that is made, in memory of its own."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {one.untyped_storage().data_ptr() for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
+        for made in tree_leaves(result):
+            if isinstance(made, Tensor) and made.untyped_storage().data_ptr() not in given:
+                self.numbers = max(self.numbers, made.numel())
+        return result
+
+
+@pytest.mark.parametrize("exclude_self", [False, True])
+def test_a_larger_bank_takes_no_more_memory(exclude_self: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    block, rows, width, k = 64, 256, 8, 5
+    for name, value in {"_ROOM": 16, "_CELLS": block * rows, "_NARROWEST": 1}.items():
+        monkeypatch.setattr(f"kinfold.kernels.search.{name}", value)
+    most = block * (rows + k + 1)  # similarities of a block of queries with a block of rows and what is known
+    for count in (6_000, 24_000):
+        bank = torch.randn(count, width)
+        tracemalloc.start()  # what numpy holds
+        try:
+            with Largest() as made:
+                found = list(nearest(bank[:80], bank, k=k, exclude_self=exclude_self, block=block, bank_block=rows))
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert sum(len(near.places) for near in found) == 80
+        assert 0 < made.numbers <= most
+        assert peak < 16 * most
+    assert 16 * most < count * width * 4 / 2
 
 
 def test_rounds_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

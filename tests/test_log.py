@@ -22,7 +22,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kinfold.console import Console, _duration
+from kinfold import distributed
+from kinfold.console import Console, _duration, bar
 from kinfold.errors import UserError
 from kinfold.log import MetricsLog, read_metrics
 
@@ -252,6 +253,35 @@ def test_in_a_terminal_a_bar_is_drawn_with_all_that_matters(monkeypatch: pytest.
         assert text.replace(" ", "") in words
     assert "━" in shown
     assert shown.endswith("\x1b[?25hsaved\r\n")  # the cursor is given back
+
+
+def test_a_bar_counts_in_the_main_process_on_a_terminal_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shown(text: str | None, stream: Any) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", stream)
+            with bar(text, 3) as advance:
+                advance(2)
+
+    monkeypatch.setenv("TERM", "xterm-256color")
+    pipe = io.StringIO()
+    shown("packing", pipe)
+    assert pipe.getvalue() == ""
+    ours, theirs = pty.openpty()
+    with open(theirs, "w") as terminal:
+        shown(None, terminal)
+        with monkeypatch.context() as patch:
+            patch.setattr(distributed, "rank", lambda: 1)
+            shown("packing", terminal)
+        terminal.flush()
+        assert not select.select([ours], [], [], 0)[0]
+        shown("packing", terminal)
+        terminal.flush()
+        seen = b""
+        while select.select([ours], [], [], 0.2)[0]:
+            seen += os.read(ours, 1 << 16)
+    os.close(ours)
+    assert "packing" in seen.decode()
+    assert "2/3" in seen.decode()
 
 
 @pytest.mark.parametrize(

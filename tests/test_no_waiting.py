@@ -20,6 +20,7 @@ from kinfold.data.fused import fused
 from kinfold.data.photometric import photometric
 from kinfold.devices import to_device
 from kinfold.methods import METHODS
+from kinfold.optim import Lars
 from kinfold.reading import parse, plain
 from kinfold.recipe import Recipe
 
@@ -165,6 +166,18 @@ def test_a_step_waits_for_nothing(method: str, changes: dict[str, Any], half: bo
     assert (Autocast.halved > 0) == half
     assert (told.sent > 0) == recipe.batch_norm.shuffle_keys
     assert len(training.unseen) == training.step == 2
+
+
+@pytest.mark.usefixtures("_autocast_knows_meta")
+def test_lars_in_the_form_of_a_gpu_waits_for_nothing(tmp_path: Path) -> None:
+    training = training_on(watched("sce", {"optimizer": {"name": "lars"}}), "meta", tmp_path, images=64, fused=True)
+    assert isinstance(training.optimizer, Lars)
+    assert training.optimizer.foreach  # all parameters at once
+    batches = list(training.loader.epoch(0))
+    with NoWaiting():
+        for batch in batches:
+            training.take_step(batch, 0)
+    assert len(training.optimizer.state) == len(list(training.learner.encoder.parameters()))
 
 
 @pytest.mark.usefixtures("_autocast_knows_meta")

@@ -156,6 +156,15 @@ def test_on_a_cpu_the_plain_form_is_taken_unless_asked_otherwise() -> None:
     assert all(group["fused"] for group in build_optimizer(SGD(), Net(), fused=True).param_groups)
 
 
+@pytest.mark.parametrize("how", [SGD(), SGD(decay_all=False), AdamW()], ids=repr)
+def test_the_plain_form_is_plain_wherever_the_parameters_are_and_lists_are_left_to_torch(how: SGD | AdamW) -> None:
+    for fused, foreach in ((False, False), (True, None), (None, None)):
+        optimizer = build_optimizer(how, Net(), fused=fused)
+        assert {group["foreach"] for group in optimizer.param_groups} == {foreach}
+        optimizer.load_state_dict(build_optimizer(how, Net()).state_dict())
+        assert {group["foreach"] for group in optimizer.param_groups} == {foreach}
+
+
 def test_lars_resumes_from_its_state() -> None:
     def run(interrupt: bool) -> torch.Tensor:
         torch.manual_seed(1)

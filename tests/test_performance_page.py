@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
+import math
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from command_lines import ROOT, named, taken
 
-ROOT = Path(__file__).parents[1]
 ABOUT = {
     "machine": {"processor": "A", "cores": 2, "threads": 1, "gpu": None},
     "versions": {"torch": "2.11"},
@@ -150,7 +152,7 @@ def test_files_of_one_question_share_a_table(page: ModuleType, results: Path) ->
     assert page.NOT_YET not in text
 
 
-def test_the_files_of_the_loop_and_of_the_features_have_a_place_though_they_bring_no_page(page: ModuleType) -> None:
+def test_the_files_that_also_make_tables_of_the_readme_have_a_place(page: ModuleType) -> None:
     text = page.made()
     for title, name in (("What the loop costs", "loop-overhead"), ("Memory of features", "features-memory")):
         result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
@@ -158,11 +160,58 @@ def test_the_files_of_the_loop_and_of_the_features_have_a_place_though_they_brin
         assert result["commit"][:10] in section(text, title)
 
 
-def test_every_script_that_a_missing_row_names_takes_the_words_it_is_given(page: ModuleType) -> None:
-    for wanted in (each for one in page.SECTIONS for each in one.files):
-        words = wanted.command.partition("python ")[2].split()
-        script = ROOT / words[0]
-        assert script.is_file(), wanted.command
-        text = script.read_text(encoding="utf-8")
-        assert all(f'"{word}"' in text for word in words if word.startswith("--")), wanted.command
-        assert "benchmarks/alternatives.txt" not in wanted.command or (ROOT / "benchmarks/alternatives.txt").is_file()
+def test_a_file_without_its_page_is_told_and_not_taken_for_missing(page: ModuleType, results: Path) -> None:
+    write(results, "knn-speed", {"question": "?"})
+    with pytest.raises(SystemExit, match=r"knn-speed\.json .* run python benchmarks/pages\.py"):
+        page.made()
+
+
+def test_every_command_that_the_page_can_name_is_one_that_its_script_takes(page: ModuleType) -> None:
+    sections = importlib.import_module("performance_sections")
+    rows = [f"`{each.command}`" for one in sections.SECTIONS for each in one.files]
+    text = [sections.BEFORE, sections.MISSING, sections.ADVICE, *(cell for row in sections.ADVICE_ROWS for cell in row)]
+    commands = [command for part in [*text, *rows] for command in named(part)]
+    assert len(commands) >= len(rows) + 2  # the page's own, and that for everything on a GPU
+    for command in commands:
+        taken(command)
+
+
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.py")]
+
+
+@pytest.mark.parametrize("file", PAGES, ids=lambda file: file.relative_to(ROOT).as_posix())
+def test_every_command_of_a_benchmark_in_the_text_is_one_that_its_script_takes(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    if file.suffix == ".py":
+        lines = (ast.get_docstring(ast.parse(text)) or "").splitlines()
+        text = "\n".join(f"`{line.strip()}`" for line in lines if line.startswith("    "))
+    for command in named(text):
+        taken(command.partition("   ")[0])
+
+
+def test_a_command_that_its_script_refuses_is_noticed() -> None:
+    everything = "python benchmarks/device_all.py"
+    assert taken(f"{everything} --data CIFAR10 --out measured").data == "CIFAR10"
+    for wrong in (everything, f"{everything} --out measured --limit 3"):
+        with pytest.raises(SystemExit) as refused:
+            taken(wrong)
+        assert refused.value.code == 2
+
+
+def test_a_command_takes_all_the_time_that_it_needs_unless_it_is_told_otherwise() -> None:
+    assert taken("python benchmarks/device_all.py --out measured").seconds == math.inf
+    assert taken("python benchmarks/cifar10_gpu.py sce/cifar10 --data CIFAR10").minutes == math.inf
+    assert taken("python benchmarks/cifar10_gpu.py sce/cifar10 --data CIFAR10 --minutes 9").minutes == 9
+
+
+def test_what_is_no_comparison_is_not_counted(page: ModuleType, results: Path) -> None:
+    again, search = "3 s (ours, the first time), 4 s (ours, alone)", "1 s (a, 10 rows), 9 s (a, 90 rows)"
+    rows = [
+        {"question": "again", "ours": "1 s", "alternative": again, "ratio": ""},
+        {"question": "search", "ours": "1 to 2 s", "alternative": search, "ratio": "0.50×, 4.50×"},
+    ]
+    shown = {"title": "t", "text": [], "table": {"columns": ["a"], "rows": []}, "summary": rows}
+    write(results, "startup", {"page": shown})
+    assert page.first_of_all().startswith("**Behind in 1 of 2 comparisons; ")
+    assert f"| {again} |" in page.made()
+    assert "0.50× as fast as 1 s (a, 10 rows): slower<br>**4.50×** as fast as 9 s (a, 90 rows)" in page.made()

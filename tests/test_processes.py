@@ -261,6 +261,24 @@ def test_ranks_find_out_what_they_do_not_agree_on(tmp_path: Path) -> None:
     assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == ["images", "images"]
 
 
+@pytest.mark.parametrize(
+    ("device", "told"),
+    [("cuda", ("nccl", torch.device("cuda", 3))), ("cpu", ("gloo", None))],
+    ids=["cuda", "cpu"],
+)
+def test_processes_join_on_the_device_that_each_has_chosen(
+    device: str, told: tuple[str, torch.device | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda kind, **how: asked.append((kind, how["device_id"]))
+    )
+    distributed.start(device)
+    assert asked == [told]
+
+
 def test_torchrun_starts_two_processes_and_leaves_one_run_folder(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(to_yaml(tiny("sce", epochs=1, batch_norm={"query_splits": 2, "key_splits": 2})))

@@ -23,14 +23,15 @@ from hostile import bytes_of, photos
 from PIL import Image
 
 from kinfold import distributed
-from kinfold.data import pixels as cached
-from kinfold.data import resident
-from kinfold.data.pixels import Pixels
+from kinfold.data import decoded_set, equal_images, resident
+from kinfold.data.decoded_set import DecodedSet
+from kinfold.data.free_memory import free_memory
 from kinfold.data.resident import Asked, open_resident
 from kinfold.data.sources import Digits, Source, Subset, open_source
 from kinfold.errors import UserError
 
 CPU = torch.device("cpu")
+MACHINE = "kinfold.data.free_memory._machine_memory"
 
 
 # The cache.
@@ -50,7 +51,7 @@ def asked(source: Source, cache: Path, said: list[str] | None = None, **words: A
     return Asked(source=source, cache=cache, **{**given, **words})
 
 
-def opened(data: Path, cache: Path, said: list[str] | None = None, **words: Any) -> Pixels:
+def opened(data: Path, cache: Path, said: list[str] | None = None, **words: Any) -> DecodedSet:
     found = open_resident(asked(open_source(str(data)), cache, said, **words))
     assert found is not None
     return found
@@ -112,10 +113,10 @@ def test_a_table_of_paths_has_other_pixels_when_the_files_there_are_written_agai
     paths = pa.array([{"bytes": None, "path": "a.png"}], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
     pq.write_table(pa.table({"image": paths}), tmp_path / "table.parquet")
     source = open_source(str(tmp_path / "table.parquet"), cache=tmp_path / "cache")
-    before = cached.key_of(source, (1, 3, 20, 20))
-    assert cached.key_of(source, (1, 3, 20, 20)) == before
+    before = decoded_set.key_of(source, (1, 3, 20, 20))
+    assert decoded_set.key_of(source, (1, 3, 20, 20)) == before
     Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
-    assert cached.key_of(source, (1, 3, 20, 20)) != before
+    assert decoded_set.key_of(source, (1, 3, 20, 20)) != before
 
 
 def test_a_tar_that_was_written_again_with_the_same_places_is_decoded_again(
@@ -188,7 +189,7 @@ def test_a_disk_that_refuses_costs_one_remark_and_no_image(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     said: list[str] = []
-    monkeypatch.setattr(cached, "_write", full)
+    monkeypatch.setattr(decoded_set, "_write", full)
     assert len(opened(folder, tmp_path / "cache", said).images) == 30
     assert len(said) == 1
     assert "No space left on device. This run goes on" in said[0]
@@ -204,7 +205,7 @@ def test_a_disk_that_is_too_small_is_not_filled_first(
 ) -> None:
     said: list[str] = []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-    monkeypatch.setattr(cached, "_write", refuse)
+    monkeypatch.setattr(decoded_set, "_write", refuse)
     opened(folder, tmp_path / "cache", said)
     assert len(said) == 1
     assert "the disk has 0.0 GB left" in said[0]
@@ -256,7 +257,7 @@ def test_a_full_disk_gives_up_the_longest_unused_sets_before_it_refuses(
     def taken() -> int:
         return sum(file.stat().st_size for file in kept.rglob("*.npy"))
 
-    original = cached._write
+    original = decoded_set._write
 
     def write(path: Path, array: np.ndarray) -> None:
         if taken() + array.nbytes > disk["size"]:
@@ -266,7 +267,7 @@ def test_a_full_disk_gives_up_the_longest_unused_sets_before_it_refuses(
 
     free = (lambda: disk["size"] - taken()) if shown else (lambda: 10**12)  # a person's share of a disk does not show
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": free()}))
-    monkeypatch.setattr(cached, "_write", write)
+    monkeypatch.setattr(decoded_set, "_write", write)
     said: list[str] = []
     opened(photos(tmp_path / "d", 30, seed=3), tmp_path / "cache", said)
     assert said == []
@@ -288,7 +289,7 @@ def test_a_set_larger_than_the_whole_share_is_refused_and_costs_no_other(
     kept, _ = three_kept(folder, tmp_path)
     before = bytes_of(kept)
     monkeypatch.setenv("KINFOLD_PIXELS_GB", str(65 * 3 * 20 * 23 / 1e9))
-    monkeypatch.setattr(cached, "_write", refuse)
+    monkeypatch.setattr(decoded_set, "_write", refuse)
     said: list[str] = []
     opened(photos(tmp_path / "d", 70, seed=3), tmp_path / "cache", said)
     assert len(said) == 1
@@ -328,6 +329,48 @@ def test_a_set_that_cannot_be_given_up_stays_whole(
     assert names[1] not in os.listdir(kept)
 
 
+# Workers.
+
+
+class ReadByWorkers(Subset):
+    """Images of which the main process may read the first two only."""
+
+    def read(self, i: int) -> bytes | np.ndarray:
+        """Read the i-th of the positions."""
+        assert i < 2 or torch.utils.data.get_worker_info() is not None
+        return super().read(i)
+
+
+def test_workers_decode_a_set_as_the_process_itself_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resident, "_LOOKED_AT", 2)
+    monkeypatch.setattr(resident, "_DECODED_AT_ONCE", 4)
+    place = photos(tmp_path / "photos", 30)
+    for number in (2, 17, 29):
+        (place / f"{number:03}.png").write_bytes(b"broken")
+    source, everything, told = open_source(str(place)), np.arange(30), list[int]()
+    alone = open_resident(asked(Subset(source, everything), tmp_path))
+    shared = open_resident(asked(ReadByWorkers(source, everything), tmp_path, workers=2, progress=told.append))
+    assert alone is not None
+    assert shared is not None
+    assert torch.equal(shared.images, alone.images)
+    assert shared.bad == alone.bad
+    assert list(shared.bad) == [2, 17, 29]
+    assert told == [4] * 7 + [2]
+
+
+def test_an_image_of_another_size_that_a_worker_meets_is_told_as_without_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resident, "_LOOKED_AT", 2)
+    monkeypatch.setattr(resident, "_DECODED_AT_ONCE", 4)
+    place = photos(tmp_path / "photos", 12)
+    Image.new("RGB", (9, 9)).save(place / "010.png")
+    source = ReadByWorkers(open_source(str(place)), np.arange(12))
+    assert open_resident(asked(source, tmp_path, workers=2)) is None
+    with pytest.raises(UserError, match=r"resident=true needs images of one size, but .*010\.png"):
+        open_resident(asked(source, tmp_path, workers=2, wanted=True))
+
+
 def test_small_sets_are_not_kept(tmp_path: Path) -> None:
     assert open_resident(asked(Digits(), tmp_path, channels=1)) is not None
     assert list(tmp_path.iterdir()) == []
@@ -359,26 +402,26 @@ def test_a_resident_set_that_does_not_fit_at_all_is_refused_before_decoding(
 
 
 def test_the_free_memory_of_this_machine_is_a_number_of_bytes() -> None:
-    assert 1e6 < resident.free_memory(CPU) < 1e15
+    assert 1e6 < free_memory(CPU) < 1e15
 
 
 def test_the_memory_of_a_machine_is_divided_among_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resident, "_machine_memory", lambda: 800.0)
+    monkeypatch.setattr(MACHINE, lambda: 800.0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (300, 400))
-    assert resident.free_memory(CPU, 8) == 100.0
-    assert resident.free_memory(torch.device("cuda", 1), 2) == 300.0  # a device of its own
-    assert resident.free_memory(torch.device("cuda", 1), 8) == 100.0
+    assert free_memory(CPU, 8) == 100.0
+    assert free_memory(torch.device("cuda", 1), 2) == 300.0  # a device of its own
+    assert free_memory(torch.device("cuda", 1), 8) == 100.0
 
 
 def test_large_images_are_not_all_looked_at_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     looked: list[int] = []
-    original = resident.whole
+    original = equal_images.read_equal
 
-    def whole(source: Source, position: int, channels: int, **words: Any) -> np.ndarray:
+    def read_equal(source: Source, position: int, channels: int, **words: Any) -> np.ndarray:
         looked.append(position)
         return original(source, position, channels, **words)
 
-    monkeypatch.setattr(resident, "whole", whole)
+    monkeypatch.setattr(resident, "read_equal", read_equal)
     assert resident._common_size(asked(Digits(), tmp_path, channels=1)) == (8, 8)
     assert looked == list(range(64))
     looked.clear()
@@ -450,7 +493,7 @@ def test_where_nothing_can_be_kept_all_processes_of_the_machine_need_memory_at_o
     how: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed = 30 * 3 * 20 * 23
-    monkeypatch.setattr(resident, "_machine_memory", lambda: 4.0 * needed - 1)  # one would fit, two do not
+    monkeypatch.setattr(MACHINE, lambda: 4.0 * needed - 1)  # one would fit, two do not
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     cache = tmp_path / "cache"
     if how == "bound":  # known beforehand
@@ -461,7 +504,7 @@ def test_where_nothing_can_be_kept_all_processes_of_the_machine_need_memory_at_o
     source, said = open_source(str(folder)), list[str]()
     for wanted in (None, True):
         if wanted:
-            monkeypatch.setattr(resident, "_machine_memory", lambda: 2.0 * needed - 1)
+            monkeypatch.setattr(MACHINE, lambda: 2.0 * needed - 1)
         with monkeypatch.context() as patch:
             both = Group(patch).run(
                 lambda rank: open_resident(asked(source, cache, said, world=2, wanted=wanted))  # noqa: B023

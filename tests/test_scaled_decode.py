@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import torch
 from jpegs import LARGE, Photos, as_png, photo, turned
-from test_loader import MEAN, STD, InMemory, make, same
+from test_loader import InMemory, made_again, make, same
 
 from kinfold.data import cutting
 from kinfold.data.crop import crop_reduced_into, crop_resize, crop_resize_into
 from kinfold.data.cutting import MARGIN, Cutting
 from kinfold.data.decode import Undecodable, look
-from kinfold.data.loader import views_of
 from kinfold.data.work import Task
 from kinfold.errors import UserError
 from kinfold.recipe import load
@@ -78,9 +77,7 @@ def test_scaled_views_are_the_same_for_any_workers_and_are_made_again():
     for one, other in zip(alone.epoch(0), several.epoch(0), strict=True):
         assert same(one, other)
         for row, position in enumerate(one.index.tolist()):
-            again = views_of(
-                source, position, LARGE, seed=3, epoch=0, channels=3, mean=MEAN, std=STD, scaled_decode=True
-            )
+            again = made_again(source, position, LARGE, epoch=0, scaled=True)
             assert all(torch.equal(view, one.views[i][row]) for i, view in enumerate(again))
     assert list(alone.bad) == [3]
 

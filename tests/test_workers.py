@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the workers promise: they stay from epoch to epoch, lend no memory twice, and end when they should."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
+import traceback
+from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -45,14 +49,25 @@ def counting(folder, count=24):
 
 
 def ended(process: int) -> bool:
-    """Whether a process is gone, within some seconds."""
+    """Whether a process is gone, or only there until its parent hears of its end, within some seconds."""
     for _ in range(100):
         try:
             os.kill(process, 0)
         except ProcessLookupError:
             return True
+        with suppress(OSError):  # a file that only Linux has
+            if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
         time.sleep(0.05)
     return False
+
+
+def wait_for(path: Path, seconds: float = 60.0) -> None:
+    for _ in range(int(seconds / 0.05)):
+        if path.exists():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{path.name} never came")
 
 
 def test_workers_stay_from_one_epoch_to_the_next_and_give_what_new_ones_would(tmp_path):
@@ -62,6 +77,14 @@ def test_workers_stay_from_one_epoch_to_the_next_and_give_what_new_ones_would(tm
         assert all(same(a, b) for a, b in zip(kept.epoch(epoch), alone.epoch(epoch), strict=True))
     assert len(source.processes()) == 2
     assert all(ended(process) for process in source.processes())  # the last epoch leaves nobody behind
+
+
+@contextmanager
+def new_workers():
+    """The worker processes that are started in here, in their order, once it is left."""
+    before, workers = multiprocessing.active_children(), []
+    yield workers
+    workers += sorted(set(multiprocessing.active_children()) - set(before), key=lambda worker: worker._identity)
 
 
 def test_the_next_epoch_is_begun_before_it_is_asked_for(tmp_path):
@@ -95,64 +118,145 @@ def test_epochs_in_any_order_twice_or_in_part_are_what_they_always_are(workers):
 
 
 class Mortal(InMemory):
-    """Ends its worker when the file `doom` is there."""
+    """Ends the first worker when the file `doom` is there."""
 
     doom: Path
 
     def read(self, i):
-        if self.doom.exists() and torch.utils.data.get_worker_info() is not None:
-            os._exit(1)
+        here = torch.utils.data.get_worker_info()
+        if here is not None and here.id == 0 and self.doom.exists():
+            os._exit(3)
         return super().read(i)
 
 
-def test_a_worker_that_dies_between_two_batches_is_an_error_where_the_next_is_asked_for(tmp_path):
+def test_a_worker_that_dies_between_two_batches_is_an_error_where_the_next_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(work_room, "PATIENCE", 60.0)
     source = Mortal([(12, 12)] * 64)
     source.doom = tmp_path / "doom"
     before = signal.getsignal(signal.SIGCHLD)
-    batches = make(source, workers=1, resident=False, epochs=5).epoch(0)
-    next(batches)
+    batches = make(source, workers=2, resident=False, epochs=5).epoch(0)
+    with new_workers() as workers:
+        next(batches)
     source.doom.touch()
     time.sleep(0.5)  # nothing is raised in here
     assert signal.getsignal(signal.SIGCHLD) is before
     with pytest.raises(UserError, match="Lower the number of workers"):
         list(batches)
+    assert [worker.exitcode for worker in workers] == [3, 0]  # the other one was told to end, and did
 
 
 SCRIPT = """
-import os, sys
+import multiprocessing, os, signal, sys, threading, time
+from pathlib import Path
 import numpy as np
 from kinfold.data.loader import Loader
 from kinfold.views import Augmentation, Views
+
 class Read:
     labels = classes = None
     fingerprint = description = "arrays"
+    hangs = None
+    folder = Path(sys.argv[1])
     def __len__(self):
         return 32
     def name(self, i):
         return str(i)
     def read(self, i):
-        open(os.path.join(sys.argv[1], str(os.getpid())), "w").close()
+        (self.folder / str(os.getpid())).touch()
+        if i == self.hangs:
+            (self.folder / "hangs").touch()
+            time.sleep(600)
         return np.zeros((16, 16, 3), np.uint8)
-views = Views(augment=(Augmentation(size=8),), pairs=((0, None),))
-shape = {"channels": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3}
-loader = Loader(Read(), views, batch_size=8, seed=0, workers=2, resident=False, epochs=100, **shape)
-list(loader.epoch(0))
-batches = loader.epoch(1)
-next(batches)
-print("ready", flush=True)
+
+def hang_in_a_thread():
+    source.hangs = 5
+    threading.Thread(target=list, args=(loader.epoch(0),), daemon=True).start()
+    for _ in range(1000):
+        if len(list(source.folder.iterdir())) == 3:  # the other one reads too
+            break
+        time.sleep(0.05)
+    print("ready", flush=True)
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background it is ignored
+    multiprocessing.set_start_method(sys.argv[2])
+    views = Views(augment=(Augmentation(size=8),), pairs=((0, None),))
+    shape = {"channels": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    source = Read()
+    loader = Loader(source, views, batch_size=8, seed=0, workers=2, resident=False, epochs=100, **shape)
 """
 
 
-@pytest.mark.parametrize("then", ["raise OSError", "import time; time.sleep(60)"])
-def test_no_worker_outlives_its_process_and_none_keeps_it(tmp_path, then):
-    words = [sys.executable, "-c", SCRIPT + then, str(tmp_path)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
+@contextmanager
+def process_that(does: str, folder: Path, start: str = "fork"):
+    """A process that goes on with these lines and has come to where it prints "ready"; its workers say who they are."""
+    script, workers = folder / "script.py", folder / "workers"
+    script.write_text(SCRIPT + textwrap.indent(textwrap.dedent(does), "    "))
+    workers.mkdir()
+    words = [sys.executable, str(script), str(workers), start]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(words, **pipes, start_new_session=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+            yield process, workers
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def all_ended(workers: Path) -> bool:
+    """Whether two processes have said that they were workers, and are gone."""
+    processes = [int(path.name) for path in workers.iterdir() if path.name.isdecimal()]
+    return len(processes) == 2 and all(ended(process) for process in processes)
+
+
+@pytest.mark.parametrize(
+    ("then", "start"), [("raise OSError", "fork"), ("time.sleep(60)", "fork"), ("time.sleep(60)", "spawn")]
+)
+def test_no_worker_outlives_its_process_and_none_keeps_it(tmp_path, then, start):
+    does = """
+    list(loader.epoch(0))
+    batches = loader.epoch(1)
+    next(batches), next(batches)
+    print("ready", flush=True)
+    """
+    with process_that(does + then, tmp_path, start) as (process, workers):
         if "sleep" in then:
-            process.send_signal(signal.SIGINT)
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         assert process.wait(timeout=50) != 0
-    assert all(ended(int(path.name)) for path in tmp_path.iterdir())
+        assert all_ended(workers)
+
+
+def test_a_process_that_is_forked_while_a_loader_is_open_ends_without_its_workers(tmp_path):
+    does = """
+    batches = loader.epoch(0)
+    next(batches), next(batches)
+    print("ready", flush=True)
+    forked = os.fork()
+    if forked == 0:
+        sys.exit()
+    os.waitpid(forked, 0)
+    assert len(list(batches)) == 2
+    assert len(list(loader.epoch(1))) == 4
+    """
+    with process_that(does, tmp_path) as (process, workers):
+        assert process.wait(timeout=50) == 0
+        assert all_ended(workers)
+
+
+def test_a_process_ends_though_a_thread_of_it_waits_for_a_worker_that_hangs(tmp_path):
+    with process_that("hang_in_a_thread()", tmp_path) as (process, workers):
+        assert process.wait(timeout=50) == 0
+        assert all_ended(workers)
+
+
+@pytest.mark.parametrize("start", ["fork", "forkserver"])
+def test_a_process_that_is_killed_leaves_no_worker_not_even_one_that_hangs(tmp_path, start):
+    with process_that("hang_in_a_thread(); time.sleep(600)", tmp_path, start) as (process, workers):
+        process.kill()
+        process.wait()
+        assert all_ended(workers)
 
 
 def test_memory_that_is_used_over_again_is_never_lent_while_it_is_read():
@@ -172,47 +276,63 @@ def test_outside_of_a_worker_pixel_memory_is_new_each_time():
 
 
 class Stuck(InMemory):
-    """Writes down who reads, and then never returns from image 5 in a worker."""
+    """Writes down who reads, and in a worker comes back from one image only when the file `go` is there."""
 
     folder: Path
+    image: int
 
     def read(self, i):
         if torch.utils.data.get_worker_info() is not None:
             (self.folder / str(os.getpid())).touch()
-            if i == 5:
+            if i == self.image:
                 (self.folder / "stuck").touch()
-                time.sleep(600)
+                wait_for(self.folder / "go", 600)
         return super().read(i)
 
 
-def stuck(folder):
-    """A loader with two workers, one of which hangs, and the numbers of their processes."""
+def stuck(folder, batch):
+    """A source that hangs in a batch of the first epoch, and the batches with two workers of a loader of it."""
     source = Stuck([(12, 12)] * 64)
     source.folder = folder
-    folder.mkdir()
-    batches = make(source, workers=2, resident=False, epochs=5).epoch(0)
-    for batch in batches:
-        if 5 in batch.index or (folder / "stuck").exists():
-            break
-    wait_for(folder / "stuck")
-    return batches, [int(path.name) for path in folder.iterdir() if path.name != "stuck"]
-
-
-def wait_for(path):
-    for _ in range(200):
-        if path.exists():
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"{path.name} never came")
+    source.image = int(list(make(InMemory(source.sizes), resident=False).epoch(0))[batch].index[0])
+    return source, make(source, workers=2, resident=False, epochs=5).epoch(0)
 
 
 def test_a_worker_that_reads_from_a_dead_disk_ends_by_itself_when_it_is_not_needed_any_more(tmp_path, monkeypatch):
     monkeypatch.setattr(work_room, "PATIENCE", 0.5)
-    monkeypatch.setattr(BaseProcess, "kill", None)  # is not needed
-    batches, processes = stuck(tmp_path / "kept")
+    killed = []
+    monkeypatch.setattr(BaseProcess, "kill", lambda process: killed.append(process))
+    _, batches = stuck(tmp_path, 2)  # handed out with the first, and not waited for
+    next(batches), next(batches)
+    wait_for(tmp_path / "stuck")
     batches.close()
+    processes = [int(path.name) for path in tmp_path.iterdir() if path.name != "stuck"]
     assert len(processes) == 2
     assert all(ended(process) for process in processes)
+    assert killed == []
+
+
+def test_ctrl_c_while_the_next_batch_is_waited_for_ends_workers_that_could_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(work_room, "PATIENCE", 60.0)
+    source, batches = stuck(tmp_path, 1)
+
+    def interrupt(_signal, frame):
+        if any(f.f_code.co_filename == torch.utils.data.dataloader.__file__ for f, _ in traceback.walk_stack(frame)):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            (source.folder / "go").touch()
+            raise KeyboardInterrupt
+
+    with new_workers() as workers:
+        next(batches)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+        with pytest.raises(KeyboardInterrupt):
+            next(batches)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert [worker.exitcode for worker in workers] == [0, 0]
 
 
 def test_a_worker_that_does_nothing_at_all_is_killed(tmp_path, monkeypatch):
@@ -220,28 +340,10 @@ def test_a_worker_that_does_nothing_at_all_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)  # torch's own patience
     source = counting(tmp_path / "kept")
     batches = make(source, workers=2, resident=False, epochs=5).epoch(0)
-    next(batches)
+    next(batches), next(batches)  # one of each
     processes = source.processes()
     for process in processes:
         os.kill(process, signal.SIGSTOP)  # hears no request and no SIGTERM, as one in the middle of C code
     batches.close()
     assert len(processes) == 2
     assert all(ended(process) for process in processes)
-
-
-def test_a_process_that_is_killed_leaves_no_worker_not_even_one_that_hangs(tmp_path):
-    hanging = SCRIPT.replace(
-        "        return np", "        if i == 5:\n            import time; time.sleep(600)\n        return np"
-    ).replace("list(loader.epoch(0))\nbatches = loader.epoch(1)\nnext(batches)", "batches = loader.epoch(0)")
-    then = "import threading, time; threading.Thread(target=list, args=(batches,), daemon=True).start(); time.sleep(60)"
-    words = [sys.executable, "-c", hanging + then, str(tmp_path)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-        for _ in range(400):
-            if len(list(tmp_path.iterdir())) == 2:
-                break
-            time.sleep(0.05)
-        time.sleep(0.5)  # the one has come to its image
-        process.kill()
-    workers = [int(path.name) for path in tmp_path.iterdir()]
-    assert len(workers) == 2
-    assert all(ended(worker) for worker in workers)

@@ -105,10 +105,10 @@ class Cutting:
         held = 0
         while len(found) < len(index) and held < _HELD_BYTES:
             tried.append({})
-            shown, image = self.looked(int(index[len(found)]), epoch, tried[-1])
+            shown, image = self._looked(int(index[len(found)]), epoch, tried[-1])
             found.append((shown, image))
             held += len(image.file) if isinstance(image, Jpeg) else image.pixels.nbytes
-        drawn = self.numbers(epoch, found)
+        drawn = self._numbers(epoch, found)
         for row, position in enumerate(index[: len(found)].tolist()):
             # Taken out, so that neither file nor pixels are held while the others are decoded.
             shown, image = found.popleft()
@@ -123,8 +123,8 @@ class Cutting:
                     break
                 except Undecodable as error:
                     tried[row][shown] = error.reason
-                    shown, image = self.looked(position, epoch, tried[row])
-                    for numbers, own in zip(drawn, self.numbers(epoch, [(shown, image)])):
+                    shown, image = self._looked(position, epoch, tried[row])
+                    for numbers, own in zip(drawn, self._numbers(epoch, [(shown, image)])):
                         put(own, numbers, row)
             index[row] = shown
             for crop, numbers in zip(crops, drawn):
@@ -133,7 +133,7 @@ class Cutting:
             bad.update(tried[row])
         return drawn, jpegs
 
-    def looked(self, position: int, epoch: int, tried: dict[int, str]) -> tuple[int, Jpeg | Whole]:
+    def _looked(self, position: int, epoch: int, tried: dict[int, str]) -> tuple[int, Jpeg | Whole]:
         """The image at `position`, or its first stand-in, that can be read and is not among those `tried` in vain."""
         others = stand_ins(position, seed=self.seed, epoch=epoch, count=len(self.source))
         for candidate in itertools.chain([position], others):
@@ -144,7 +144,7 @@ class Cutting:
                     tried[candidate] = error.reason
         raise UserError(no_readable_image(self.source, tried))
 
-    def numbers(self, epoch: int, images: Collection[tuple[int, Jpeg | Whole]]) -> list[Drawn]:
+    def _numbers(self, epoch: int, images: Collection[tuple[int, Jpeg | Whole]]) -> list[Drawn]:
         """Draw all views' numbers for images whose positions and sizes are known."""
         position = np.array([shown for shown, _ in images], dtype=np.int64)  # [n]
         height, width = np.array([(image.height, image.width) for _, image in images], dtype=np.int64).T  # each [n]

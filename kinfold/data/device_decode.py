@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import final
+from typing import Any, final
 
 import torch
 from PIL import Image
@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from kinfold.data.augment import Drawn, put
 from kinfold.data.cutting import Cut, Cutting
+from kinfold.data.header import COLUMNS_BACKWARDS, ROWS_BACKWARDS
 from kinfold.data.work import Task
 from kinfold.errors import UserError
 
@@ -60,15 +61,34 @@ def nvjpeg(device: torch.device) -> Decode:
 class DeviceDecode:
     """Finish what `cutting`, which leaves JPEGs, made of a batch: decode them by `decode` and cut on `device`.
 
-    A file that `decode` refuses goes the way of all others: it is decoded here on the CPU, or replaced.
+    A file that `decode` refuses goes the way of all others: it is decoded here on the CPU, or replaced. On CUDA all
+    this runs on a stream of its own, beside the computing of the step before. `cuda` stands for `torch.cuda`.
     """
 
-    def __init__(self, cutting: Cutting, device: torch.device, decode: Decode) -> None:
+    def __init__(self, cutting: Cutting, device: torch.device, decode: Decode, cuda: Any = torch.cuda) -> None:
         self._plainly = replace(cutting, leave_jpegs=False)
-        self._device, self._decode = device, decode
+        self._device, self._decode, self._cuda = device, decode, cuda
+        self._beside = cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, cut: Cut, epoch: int) -> Cut:
-        """Give the batch with all its crops, on the device; those that are there already may still be in memory."""
+        """Give the batch with all its crops, on the device, whose current stream waits until they are there."""
+        if self._beside is None:
+            return self._finished(cut, epoch)
+        # nvJPEG writes at once, whatever is queued, into memory that torch has for the current stream. Were that the
+        # steps' stream, this could be memory that a queued step has let go and is still to read. What is taken on a
+        # stream of our own was only ever used there, or is held until others have read it; and once that stream has
+        # nothing left to do, what is free of it is free in fact.
+        self._beside.synchronize()
+        with self._cuda.stream(self._beside):
+            made = self._finished(cut, epoch)
+        current = self._cuda.current_stream(self._device)
+        current.wait_stream(self._beside)
+        for crop in made.crops:
+            crop.record_stream(current)
+        return made
+
+    def _finished(self, cut: Cut, epoch: int) -> Cut:
+        """The batch with all its crops on the device; those that workers made may still be in the host's memory."""
         crops = [crop.to(self._device, non_blocking=True) for crop in cut.crops]  # views of [B, C, S, S]
         index, bad = cut.index.clone(), dict(cut.bad)
         for (row, (_, orientation)), image in zip(cut.jpegs.items(), self._images(cut)):
@@ -90,26 +110,51 @@ class DeviceDecode:
         files = list(torch.split(cut.files, [size for size, _ in cut.jpegs.values()]))
         try:
             return list(self._decode(files))
-        except RuntimeError:  # no word of which one it was
+        except RuntimeError as error:  # no word of which one it was
+            if out_of_memory(error):
+                raise
             return [self._one(file) for file in files]
 
     def _one(self, file: Tensor) -> Tensor | None:
         try:
             return self._decode([file])[0]
-        except RuntimeError:
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise
             return None
 
     def _cut(self, image: Tensor, row: int, drawn: list[Drawn], crops: list[Tensor]) -> None:
         for numbers, crop in zip(drawn, crops):
             top, left, height, width = numbers.box[row].tolist()
             part = image[None, :, top : top + height, left : left + width].to(torch.float32)  # [1, 3, h, w]
-            made = functional.interpolate(part, size=crop.shape[2:], mode="bilinear", antialias=True)  # [1, 3, S, S]
+            made = resized(part, crop.shape[2:])  # [1, 3, S, S]
             crop[row] = made[0].add_(0.5).floor_().clamp_(0.0, 255.0)
+
+
+def resized(image: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize an image [1, C, h, w] in floats as `kinfold.data.crop` does; on the CPU where the device refuses."""
+    how: dict[str, Any] = {"size": size, "mode": "bilinear", "antialias": True}
+    try:
+        return functional.interpolate(image, **how)  # [1, C, S, S]
+    except RuntimeError as error:
+        # On CUDA the weights of a strong reduction, one pixel out of very many, do not fit the memory that they are
+        # kept in (pytorch/vision, issue 7671).
+        if out_of_memory(error):
+            raise
+        return functional.interpolate(image.cpu(), **how)  # [1, C, S, S]
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether it is the device's memory that did not suffice: nothing is wrong with an image, then.
+
+    Torchvision hands torch's own error on as another, of which only the words are left.
+    """
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
 
 def upright(image: Tensor, orientation: int) -> Tensor:
     """Turn a decoded image [C, H, W] as EXIF's number says, as `kinfold.data.decode` does."""
     if orientation >= 5:
         image = image.transpose(1, 2)
-    backwards = [axis for axis, numbers in ((1, (3, 4, 7, 8)), (2, (2, 3, 6, 7))) if orientation in numbers]
+    backwards = [axis for axis, numbers in ((1, ROWS_BACKWARDS), (2, COLUMNS_BACKWARDS)) if orientation in numbers]
     return image.flip(backwards) if backwards else image

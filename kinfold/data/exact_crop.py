@@ -43,7 +43,10 @@ def crop_levels(pixels: Tensor, index: Tensor, boxes: NDArray[np.int64], size: i
 
 def _crop_levels(pixels: Tensor, index: Tensor, boxes: NDArray[np.int64], size: int) -> Tensor:
     count, channels, (height, width) = len(boxes), pixels.shape[1], pixels.shape[2:]
-    where = to_device(torch.from_numpy(boxes), pixels.device)  # [B, 4]
+    where = torch.from_numpy(boxes)  # [B, 4]
+    if pixels.device.type == "cuda":
+        where = where.pin_memory()  # the host would wait for more than 64 KB of other memory
+    where = to_device(where, pixels.device)  # [B, 4]
     single = boxes[:, 2:].max(initial=0) <= _ONE_PRODUCT * size and _in_full(pixels.device)
     made = pixels.new_empty(count, channels, size, size)  # [B, C, size, size]
     # The batch goes through in pieces: on a CPU so that what lies between the two products stays near, elsewhere so
@@ -80,7 +83,7 @@ def matrices(start: Tensor, extent: Tensor, *, length: int, size: int, single: b
     taps = _taps(length, size, start.device)
     values = taps.weight[extent]  # [B, size, T]
     places = (taps.first[extent] + start[:, None])[:, :, None] + torch.arange(values.shape[2], device=start.device)
-    one = torch.exp2(taps.bits[extent])[:, None, None]  # [B, 1, 1]
+    one = taps.one[extent][:, None, None]  # [B, 1, 1]
     high = torch.zeros_like(values) if single else torch.floor(values / _PART) * _PART  # [B, size, T]
     made = []
     for part in (values,) if single else (high, values - high):
@@ -97,8 +100,8 @@ class _Taps(NamedTuple):
     """float32 [length + 1, size, T], whole numbers"""
     first: Tensor
     """int64 [length + 1, size]: the pixel that the first weight is for"""
-    bits: Tensor
-    """float32 [length + 1]: how many of a weight's bits stand after the point"""
+    one: Tensor
+    """float32 [length + 1]: the weight that stands for one, a power of two: its bits stand after the point"""
 
 
 @lru_cache(maxsize=16)
@@ -107,12 +110,13 @@ def _taps(length: int, size: int, device: torch.device) -> _Taps:
     count = 2 * math.ceil(max(length / size, 1.0)) + 1
     weight = np.zeros((length + 1, size, count), np.float32)  # [length + 1, size, T]
     first = np.zeros((length + 1, size), np.int64)  # [length + 1, size]
-    bits = np.zeros(length + 1, np.float32)  # [length + 1]
+    one = np.ones(length + 1, np.float32)  # [length + 1]
     step = max(1, _AT_ONCE // (size * count))
     for low in range(1, length + 1, step):
         some = slice(low, min(low + step, length + 1))
-        weight[some], first[some], bits[some] = _whole_weights(np.arange(low, some.stop), size, count)
-    return _Taps(*(torch.from_numpy(array).to(device) for array in (weight, first, bits)))
+        weight[some], first[some], bits = _whole_weights(np.arange(low, some.stop), size, count)
+        one[some] = np.ldexp(1.0, bits)  # here, as a device's powers need not be exact
+    return _Taps(*(torch.from_numpy(array).to(device) for array in (weight, first, one)))
 
 
 def _whole_weights(

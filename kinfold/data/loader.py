@@ -21,19 +21,16 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from kinfold.data.centre_crops import CentreCropping
 from kinfold.data.cutting import Cut, Cutting, scaled_from
-from kinfold.data.decode import Undecodable
+from kinfold.data.decoded_set import DecodedSet
+from kinfold.data.device_copies import DeviceCopies
 from kinfold.data.device_decode import DeviceDecode, nvjpeg
 from kinfold.data.finish import finish
-from kinfold.data.pixels import Pixels
 from kinfold.data.resident import Asked, open_resident, readable, resident_views
 from kinfold.data.sources import Source
-from kinfold.data.transfer import Transfer
-from kinfold.data.work import Task, in_order, no_readable_image, read, run
+from kinfold.data.work import Task, run
 from kinfold.devices import to_device
 from kinfold.errors import UserError
 from kinfold.randomness import ORDER, permutation
@@ -52,19 +49,18 @@ class Batch(NamedTuple):
 class Loader:
     """Batches of an epoch, from any step on.
 
-    `batch_size` is that of all `world` processes together; process `rank` gets every `world`-th image of it.
-    With `drop_last=False` the last, smaller batch of an epoch comes too, less the images that cannot be
-    divided evenly over the processes, unless it would give them one image each: batch norm has no use for
-    that. `accumulate` says in how many equal parts the caller will split each batch; the batches are
-    whole. `resident` None lets the data decide. `progress(count)` is called for every `count` images
-    while a resident set is decoded. Workers go on from one epoch to the next up to the `epochs`-th, so that the first
-    batches of the next are there when it begins; 0 starts new ones for each. `scaled_decode` is that of
-    `kinfold.recipe.Images`, `decode` that of `kinfold.recipe.Run`, `compiled` that of
-    `kinfold.data.finish.finish`.
+    `batch_size` is that of all `world` processes together; process `rank` gets every `world`-th image of it. With
+    `drop_last=False` the last, smaller batch of an epoch comes too, less the images that cannot be divided evenly over
+    the processes, unless it would give them one image each: batch norm has no use for that. `accumulate` says in how
+    many equal parts the caller will split each batch; the batches are whole. `resident` None lets the data decide; with
+    `decode="device"` it is by workers. `progress(count)` is called for every `count` images while a resident set is
+    decoded. Workers go on from one epoch to the next up to the `epochs`-th, so that the first batches of the next are
+    there when it begins; 0 starts new ones for each. `scaled_decode` is that of `kinfold.recipe.Images`, `decode` that
+    of `kinfold.recipe.Run`, `compiled` that of `kinfold.data.finish.finish`.
 
     Raises: `UserError` where the source holds fewer images than a batch, where the batch does not divide over
-    processes and parts, where `resident=True` and the images differ in size; and, once batches are made,
-    where an image does not decode and none of a hundred others does either.
+    processes and parts, where `resident=True` and the images differ in size or are to be decoded on the device at
+    each step; and, once batches are made, where an image does not decode and none of a hundred others does either.
     """
 
     bad: dict[int, str]
@@ -135,24 +131,30 @@ class Loader:
         self._work = Cutting(source, views, channels, seed, scaled=scaled_decode, leave_jpegs=on_device)
         self._on_device: DeviceDecode | None = None
         if on_device:
+            if resident:
+                raise UserError(
+                    "resident=true decodes a set once, on the CPU, and decode=device at each step. Leave one of them "
+                    "out."
+                )
             if scaled_decode:
                 raise UserError(
                     "decode=device decodes in full, and images.scaled_decode=true asks for less. Set "
                     "images.scaled_decode=false or decode=cpu."
                 )
             self._on_device = DeviceDecode(self._work, self._device, nvjpeg(self._device))
-        self._transfer = Transfer(self._device)
+        self._copies = DeviceCopies(self._device)
         self._compiled = compiled
         self._epochs = epochs
         self._ahead: tuple[int, Generator[Cut, None, None]] | None = None
         self.bad, self.remarks = {}, []
         self.waiting = 0.0
-        self._pixels = open_resident(
+        self._decoded = open_resident(
             Asked(
                 source=source,
                 channels=channels,
                 device=self._device,
-                wanted=resident,
+                # What stays on the device is decoded by the CPU: whether it fits there must not decide its pixels.
+                wanted=False if on_device else resident,
                 workers=workers,
                 prefetch=prefetch,
                 world=world,
@@ -161,9 +163,9 @@ class Loader:
                 say=self.remarks.append,
             )
         )
-        self.resident = self._pixels is not None
-        if self._pixels is not None:
-            self.bad.update(self._pixels.bad)
+        self.resident = self._decoded is not None
+        if self._decoded is not None:
+            self.bad.update(self._decoded.bad)
         self.workers = 0 if self.resident else workers
 
     def reset_waiting(self) -> None:
@@ -174,9 +176,9 @@ class Loader:
         """Give the batches of an epoch from `start_step` on; all are as they are in the whole epoch."""
         if not 0 <= start_step <= self.steps_per_epoch:
             raise ValueError(f"start_step: 0 to {self.steps_per_epoch}, but got {start_step}")
-        if self._pixels is not None:
+        if self._decoded is not None:
             for task in self._tasks(epoch)[start_step:]:
-                yield self._from_resident(self._pixels, task)
+                yield self._from_resident(self._decoded, task)
             return
         cuts = self._cuts(epoch, start_step)
         for _ in range(start_step, self.steps_per_epoch):
@@ -186,7 +188,7 @@ class Loader:
             if self._on_device is not None:
                 cut = self._on_device(cut, epoch)
             self.bad.update(cut.bad)
-            yield _finish(cut, self._mean, self._std, self._transfer, compiled=self._compiled)
+            yield self._from_workers(cut)
         # Only an epoch that was read to its end leaves its workers to the next one: they have begun with it.
         if epoch + 1 < self._epochs:
             self._ahead = epoch + 1, cuts
@@ -215,14 +217,19 @@ class Loader:
         starts = range(0, self._used, self._batch_size)
         return [Task(epoch, order[s : s + self._batch_size][self._rank :: self._world].copy()) for s in starts]
 
-    def _from_resident(self, pixels: Pixels, task: Task) -> Batch:
+    def _from_workers(self, cut: Cut) -> Batch:
+        """Turn a step's crops into views on the device."""
+        *crops, index = self._copies([*cut.crops, cut.index])  # views of [B, C, S, S], [B]
+        return Batch(finish(crops, cut.drawn, self._mean, self._std, compiled=self._compiled), index)
+
+    def _from_resident(self, decoded: DecodedSet, task: Task) -> Batch:
         """Cut and change a step's images on the device."""
         # Not `self.bad`, which callers add to: what a checkpoint or another process could not read may be here.
-        if pixels.bad:
-            shown = readable(task.positions.tolist(), pixels.bad, self._source, seed=self._seed, epoch=task.epoch)
+        if decoded.bad:
+            shown = readable(task.positions.tolist(), decoded.bad, self._source, seed=self._seed, epoch=task.epoch)
             task = Task(task.epoch, np.array(shown, dtype=np.int64))
         made = resident_views(
-            pixels.images,
+            decoded.images,
             task.positions,
             task,
             self._views,
@@ -232,78 +239,3 @@ class Loader:
             compiled=self._compiled,
         )
         return Batch(made, to_device(torch.from_numpy(task.positions), self._device))
-
-
-def views_of(
-    source: Source,
-    position: int,
-    views: Views,
-    *,
-    seed: int,
-    epoch: int,
-    channels: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    scaled_decode: bool = False,
-    device: str | torch.device = "cpu",
-) -> list[Tensor]:
-    """Make one image's views again, as the loader made them in that epoch: one [C, S, S] per view.
-
-    `scaled_decode` is that of the loader.
-
-    Raises: `UserError` where the image does not decode.
-    """
-    try:
-        read(source, position, channels)
-    except Undecodable as error:
-        raise UserError(f"{source.name(position)} has no views: {error.reason}.") from error
-    cut = Cutting(source, views, channels, seed, scaled=scaled_decode)(Task(epoch, np.array([position])))
-    batch = _finish(cut, mean, std, Transfer(torch.device(device)))
-    return [view[0] for view in batch.views]
-
-
-def evaluation_batches(
-    source: Source,
-    *,
-    size: int,
-    resize: int | None = None,
-    channels: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    batch_size: int,
-    workers: int = 0,
-    device: str | torch.device = "cpu",
-    bad: dict[int, str] | None = None,
-) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
-    """Give all images in order, without augmentation, as [B, C, size, size] and positions [B].
-
-    Images are float32 and normalised, positions int64. The short side is resized to `resize` (None: to
-    `size`), then the centre is cut out; an image that already is `size` by `size` passes unchanged. Images
-    that do not decode are left out, so their positions are missing, and `bad` (where given) is told why.
-
-    Raises: `UserError` where `resize` is smaller than `size`, or no image decodes.
-    """
-    if resize is not None and resize < size:
-        raise UserError(f"resize is {resize}, smaller than the crop's size {size}. Make it {size} or more.")
-    reasons: dict[int, str] = {} if bad is None else bad
-    where = torch.device(device)
-    centre = torch.tensor(mean, dtype=torch.float32, device=where)[:, None, None]  # [C, 1, 1]
-    spread = torch.tensor(std, dtype=torch.float32, device=where)[:, None, None]  # [C, 1, 1]
-    work = CentreCropping(source, channels, size, size if resize is None else resize)
-    seen = 0
-    for block in run(work, in_order(len(source), batch_size), workers=workers, pin=where.type == "cuda"):
-        reasons.update(block.bad)
-        seen += len(block.positions)
-        if len(block.positions):
-            images = to_device(block.pixels, where).to(torch.float32).div_(255.0)  # [B, C, size, size]
-            yield images.sub_(centre).div_(spread), block.positions
-    if not seen:
-        raise UserError(no_readable_image(source, reasons))
-
-
-def _finish(
-    cut: Cut, mean: Sequence[float], std: Sequence[float], transfer: Transfer, *, compiled: bool = False
-) -> Batch:
-    """Turn the workers' crops into views on the device."""
-    *crops, index = transfer([*cut.crops, cut.index])  # views of [B, C, S, S], [B]
-    return Batch(finish(crops, cut.drawn, mean, std, compiled=compiled), index)

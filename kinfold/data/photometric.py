@@ -31,7 +31,7 @@ def one_by_one(images: Tensor, drawn: Drawn, mean: Sequence[float], std: Sequenc
     from torchvision.transforms.v2 import functional  # slow to import, and only the reference needs it
 
     made = []
-    for i, image in enumerate(zero_to_one(images)):
+    for i, image in enumerate(_zero_to_one(images)):
         x = image  # [C, S, S]
         colour = len(x) == 3
         if colour and drawn.grey[i] and drawn.grey_first[i]:
@@ -59,7 +59,7 @@ def one_by_one(images: Tensor, drawn: Drawn, mean: Sequence[float], std: Sequenc
         if drawn.solarize[i]:
             x = torch.where(x >= drawn.threshold[i], 1.0 - x, x)
         made.append(x.flip(2) if drawn.flip[i] else x)
-    centre, spread = channels(mean, images.device), channels(std, images.device)  # [C, 1, 1]
+    centre, spread = _channels(mean, images.device), _channels(std, images.device)  # [C, 1, 1]
     return (torch.stack(made) - centre) / spread  # [B, C, S, S]
 
 
@@ -71,7 +71,7 @@ def photometric(images: Tensor, drawn: Drawn, mean: Sequence[float], std: Sequen
     solarise, flip, normalise. With other than 3 channels brightness and contrast act, and saturation, hue and grey are
     left out. On a CPU an image comes out the same to the bit in any batch. The reference is `one_by_one`.
     """
-    centre, spread = channels(mean, images.device), channels(std, images.device)  # [C, 1, 1]
+    centre, spread = _channels(mean, images.device), _channels(std, images.device)  # [C, 1, 1]
     numbers = math.prod(images.shape[1:])
     piece = len(images)
     if images.device.type == "cpu":
@@ -82,7 +82,7 @@ def photometric(images: Tensor, drawn: Drawn, mean: Sequence[float], std: Sequen
     made = torch.empty(images.shape, dtype=torch.float32, device=images.device)  # [B, C, S, S]
     for start, stop in plan.pieces:
         some = slice(start, stop)
-        floats = zero_to_one(images[some].flip(3) if plan.order is None and drawn.flip[start] else images[some])
+        floats = _zero_to_one(images[some].flip(3) if plan.order is None and drawn.flip[start] else images[some])
         changed = _change(floats, plan, columns, some)  # [b, C, S, S]
         torch.sub(changed, centre, out=made[some]).div_(spread)
     if plan.order is None or (np.diff(plan.order) == 1).all():
@@ -112,8 +112,8 @@ class _Plan:
 
     @staticmethod
     def of(drawn: Drawn, *, colour: bool, piece: int) -> _Plan:
-        scale, to_grey, to_mean = blends(drawn, colour=colour)  # each [B, 4]
-        turned = hue_shift(drawn, colour=colour)  # [B]
+        scale, to_grey, to_mean = _blends(drawn, colour=colour)  # each [B, 4]
+        turned = _hue_shift(drawn, colour=colour)  # [B]
         hue = np.where(turned != 0.0, np.argmax(drawn.order == HUE, axis=1), 4)  # [B]
         weights, far = taps(drawn)  # [B, reach + 1], [B]
         count = len(hue)
@@ -164,7 +164,7 @@ def _change(images: Tensor, plan: _Plan, columns: Tensor, some: slice) -> Tensor
     return images
 
 
-def blends(drawn: Drawn, *, colour: bool) -> tuple[Floats, Floats, Floats]:
+def _blends(drawn: Drawn, *, colour: bool) -> tuple[Floats, Floats, Floats]:
     """Brightness, contrast and saturation as one operation: scale, share of the grey, share of the mean, each [B, 4].
 
     In each turn, what is not one of the three for an image has 1, 0, 0, which changes nothing.
@@ -181,7 +181,7 @@ def blends(drawn: Drawn, *, colour: bool) -> tuple[Floats, Floats, Floats]:
     )
 
 
-def hue_shift(drawn: Drawn, *, colour: bool) -> Floats:
+def _hue_shift(drawn: Drawn, *, colour: bool) -> Floats:
     """How far the hue is turned, in sixths of the circle: [B], 0 where it stays."""
     return np.where(drawn.jitter & colour, 6.0 * drawn.factors[:, HUE], 0.0)
 
@@ -200,7 +200,7 @@ def taps(drawn: Drawn) -> tuple[Floats, NDArray[np.int64]]:
     return bell, far
 
 
-def channels(numbers: Sequence[float], device: torch.device) -> Tensor:
+def _channels(numbers: Sequence[float], device: torch.device) -> Tensor:
     """One number a channel, to go with images: [C, 1, 1]."""
     # Made here and sent: made there, torch would wait for the device.
     return to_device(torch.tensor(numbers, dtype=torch.float32), device)[:, None, None]
@@ -212,7 +212,7 @@ def send(numbers: NDArray[np.float32], device: torch.device) -> Tensor:
     return to_device(tensor.pin_memory() if device.type == "cuda" else tensor, device)
 
 
-def zero_to_one(images: Tensor) -> Tensor:
+def _zero_to_one(images: Tensor) -> Tensor:
     """Levels or shares as float32 on [0, 1], in memory of their own: channel by channel, row by row."""
     floats = torch.empty(images.shape, dtype=torch.float32, device=images.device).copy_(images)  # [B, C, S, S]
     return floats if images.is_floating_point() else floats.div_(255.0)

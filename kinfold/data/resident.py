@@ -22,14 +22,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kinfold import distributed
-from kinfold.data import pixels as cached
+from kinfold.data import decoded_set
 from kinfold.data.augment import draw
 from kinfold.data.decode import Undecodable
+from kinfold.data.decoded_set import DecodedSet
+from kinfold.data.equal_images import DecodingEqual, Unfit, read_equal
 from kinfold.data.exact_crop import crop_levels
 from kinfold.data.finish import finish
-from kinfold.data.pixels import Pixels
+from kinfold.data.free_memory import free_memory
 from kinfold.data.sources import Source
-from kinfold.data.whole import Decoding, Unfit, whole
 from kinfold.data.work import Task, in_order, no_readable_image, run, stand_ins
 from kinfold.devices import to_device
 from kinfold.errors import UserError
@@ -70,7 +71,7 @@ class Asked:
     """told, in a sentence, what a person should know"""
 
 
-def open_resident(asked: Asked) -> Pixels | None:
+def open_resident(asked: Asked) -> DecodedSet | None:
     """Give the whole set on the device, or None where it is to be read step by step; the same on all processes.
 
     Of several processes, one on each machine decodes and keeps the pixels; the others read them.
@@ -85,7 +86,7 @@ def open_resident(asked: Asked) -> Pixels | None:
         return None
     shape = (len(asked.source), asked.channels, *size)
     several = asked.world > 1 and distributed.world() > 1
-    shared = not several or KEPT_FROM <= math.prod(shape) <= cached.most_kept()
+    shared = not several or KEPT_FROM <= math.prod(shape) <= decoded_set.most_kept()
     if not _fits(asked, shape, several, copies=1 if shared else _neighbours()):
         return None
     found = _from_disk_or_files(asked, shape, several)
@@ -105,7 +106,7 @@ def _common_size(asked: Asked) -> tuple[int, int] | None:
         if size is not None and (position >= _LOOKED_AT or seen >= _LOOKED_AT_PIXELS):
             break
         try:
-            height, width, _ = whole(source, position, asked.channels, scaled_from=asked.scaled_from).shape
+            height, width, _ = read_equal(source, position, asked.channels, scaled_from=asked.scaled_from).shape
         except Undecodable:
             if not wanted and position >= _LOOKED_AT:
                 return None
@@ -146,36 +147,14 @@ def _fits(asked: Asked, shape: tuple[int, ...], several: bool, *, copies: int) -
     return False
 
 
-def free_memory(device: torch.device, processes: int = 1) -> float:
-    """Bytes that are free on the device, and for each of `processes` on the machine, through which all images go."""
-    machine = _machine_memory() / processes
-    if device.type == "cuda":
-        return min(machine, torch.cuda.mem_get_info(device)[0])
-    return machine
-
-
-def _machine_memory() -> float:
-    """Bytes that the system would give, within what a container may have; infinite where nobody says."""
-    free = float("inf")
-    with suppress(OSError, ValueError, AttributeError):
-        free = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    with suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = 1024.0 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
-    with suppress(OSError, ValueError):  # "max" is no number
-        group = Path("/sys/fs/cgroup")
-        limit, taken = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        free = min(free, float(max(limit - taken, 0)))
-    return free
-
-
-def _from_disk_or_files(asked: Asked, shape: tuple[int, ...], several: bool) -> Pixels | None:
+def _from_disk_or_files(asked: Asked, shape: tuple[int, ...], several: bool) -> DecodedSet | None:
     """The set from the cache, or decoded; None where not all images are of the shape."""
     if np.prod(shape, dtype=np.int64) < KEPT_FROM:
         return _decoded(asked, shape)
-    cached.most_kept()  # what the environment says wrongly is said before all is decoded
+    decoded_set.most_kept()  # what the environment says wrongly is said before all is decoded
     without_jpegs = asked.scaled_from is not None and min(shape[2:]) >= asked.scaled_from
-    folder, key = cached.folder_of(asked.cache), cached.key_of(asked.source, shape, without_jpegs=without_jpegs)
+    folder = decoded_set.folder_of(asked.cache)
+    key = decoded_set.key_of(asked.source, shape, without_jpegs=without_jpegs)
     found = _kept(asked, shape, folder, key)
     if not several:
         return found or _decoded_and_kept(asked, shape, folder, key)
@@ -208,12 +187,12 @@ def _neighbours() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world()))
 
 
-def _kept(asked: Asked, shape: tuple[int, ...], folder: Path, key: str) -> Pixels | None:
+def _kept(asked: Asked, shape: tuple[int, ...], folder: Path, key: str) -> DecodedSet | None:
     """The set from the cache; None where there is none, or one of its unreadable images can be read by now.
 
     A disk that failed for a moment or a file that was forbidden leaves no trace in the file's size and time.
     """
-    found = cached.find(folder, key, shape, asked.say)
+    found = decoded_set.find(folder, key, shape, asked.say)
     if found is not None and any(_decodes(asked, position) for position in found.bad):
         return None
     return found
@@ -221,24 +200,24 @@ def _kept(asked: Asked, shape: tuple[int, ...], folder: Path, key: str) -> Pixel
 
 def _decodes(asked: Asked, position: int) -> bool:
     with suppress(Undecodable):
-        whole(asked.source, position, asked.channels, scaled_from=None)
+        read_equal(asked.source, position, asked.channels, scaled_from=None)
         return True
     return False
 
 
-def _decoded_and_kept(asked: Asked, shape: tuple[int, ...], folder: Path, key: str) -> Pixels | None:
+def _decoded_and_kept(asked: Asked, shape: tuple[int, ...], folder: Path, key: str) -> DecodedSet | None:
     found = _decoded(asked, shape)
     if found is not None and len(found.bad) < len(asked.source):
-        cached.keep(folder, key, found, asked.say)
+        decoded_set.keep(folder, key, found, asked.say)
     return found
 
 
-def _decoded(asked: Asked, shape: tuple[int, ...]) -> Pixels | None:
+def _decoded(asked: Asked, shape: tuple[int, ...]) -> DecodedSet | None:
     """Decode the whole set to `shape` [N, C, H, W]; None, or an error where it is wanted, if an image has another."""
     source, bad = asked.source, dict[int, str]()
     images = torch.empty(shape, dtype=torch.uint8)  # [N, C, H, W]
     step = max(1, min(_DECODED_AT_ONCE, _DECODED_BYTES // int(np.prod(shape[1:]))))
-    work = Decoding(source, asked.channels, (shape[2], shape[3]), asked.scaled_from)
+    work = DecodingEqual(source, asked.channels, (shape[2], shape[3]), asked.scaled_from)
     for block in run(work, in_order(shape[0], step), workers=asked.workers, prefetch=asked.prefetch):
         if block.unfit is not None:
             if asked.wanted:
@@ -249,7 +228,7 @@ def _decoded(asked: Asked, shape: tuple[int, ...]) -> Pixels | None:
         bad.update(block.bad)
         if asked.progress is not None:
             asked.progress(last - first)
-    return Pixels(images, bad)
+    return DecodedSet(images, bad)
 
 
 def readable(positions: Iterable[int], bad: dict[int, str], source: Source, *, seed: int, epoch: int) -> list[int]:

@@ -8,7 +8,8 @@ data: it returns what happened, and `run` raises it where a person sees it witho
 A worker writes pixels to memory that it shares with the main process and uses over again (`pixel_memory`), so they
 are not copied on the way, and no page of memory is asked for twice.
 
-Workers end with the main process, however that ends, and keep it from ending for some seconds at most: see `_watch`.
+Workers end with the main process, however that ends, and keep it from ending for some seconds a worker at most: see
+`_watch`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -124,6 +125,8 @@ class _Doing(Dataset[S | _Failure], Generic[S]):
 
 
 _running: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
+_workers: weakref.WeakKeyDictionary[BaseProcess, int] = weakref.WeakKeyDictionary()  # and the process that started each
+_not_ours: list[Any] = []  # torch's iterators in a process that was forked while they were open
 
 
 def run(
@@ -167,10 +170,11 @@ def _in_processes(
         # Torch's loader draws a seed for its workers: from here, so that the caller's generator stays untouched.
         generator=torch.Generator(),
     )
-    results: Iterator[S | _Failure] | None = None
+    results: Any = None  # torch's iterator
     try:
         with _hearing_of_deaths():
             results = iter(loader)
+        _workers.update(dict.fromkeys(results._workers, main))
         # Whatever is asked for last happens first at the end of the process: before multiprocessing waits for workers,
         # which hear no signal, and before torch waits for each of them.
         atexit.unregister(_end_all)
@@ -190,22 +194,26 @@ def _in_processes(
             f"Lower the number of workers (now {workers}) or the batch size."
         ) from error
     finally:
-        mine = os.getpid() == main  # and no worker that was forked while this was open
-        mortal: list[BaseProcess] = list(getattr(results, "_workers", ())) if mine else []
-        if mine:
+        if os.getpid() != main:
+            # Torch ends the workers when nothing holds its iterator any more, and these are another process's.
+            _not_ours.append(results)
+        else:
             ending.fill_(1)
-        # Now, and not when an exception that holds this frame is collected: torch's workers then miss the word to end.
-        results = None
-        _see_off(mortal)
+            if results is not None:
+                # By name, for an exception out of torch holds its iterator. An ending process may start no thread to
+                # tell workers or to stop pinning: then `_watch` ends them.
+                with suppress(RuntimeError):
+                    results._shutdown_workers()
+                _see_off(results._workers, PATIENCE + 4 * _LOOK)
 
 
-def _see_off(workers: Sequence[BaseProcess]) -> None:
-    """Kill the workers that are still there when they had their time.
+def _see_off(workers: Sequence[BaseProcess], patience: float) -> None:
+    """Kill the workers that are still there after `patience` seconds.
 
     Torch asks, waits, sends SIGTERM, which they do not hear, and goes: one that is left would be waited for without
     end when the process ends.
     """
-    deadline = time.monotonic() + PATIENCE + 4 * _LOOK
+    deadline = time.monotonic() + patience
     for worker in workers:
         worker.join(max(0.0, deadline - time.monotonic()))
     left = [worker for worker in workers if worker.is_alive()]
@@ -227,8 +235,13 @@ def _tells_of_death(error: Exception) -> bool:
 
 
 def _end_all() -> None:
-    for results in list(_running):
-        results.close()
+    """Close all, and kill whom that leaves: nobody asks for their results any more."""
+    try:
+        for results in list(_running):
+            with suppress(ValueError):  # another thread waits for the next of these
+                results.close()
+    finally:
+        _see_off([worker for worker, main in list(_workers.items()) if main == os.getpid()], 0.0)
 
 
 _deaths: Any = None  # torch's handler of SIGCHLD, once it has one

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from kinfold import distributed
-from kinfold.data.loader import evaluation_batches
+from kinfold.data.centre_crops import evaluation_batches
 from kinfold.data.sources import Source, Subset
 from kinfold.evaluate.backbones import FrozenBackbone
 from kinfold.evaluate.conditions import Conditions

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kinfold import distributed
+from kinfold.console import bar
+from kinfold.data.centre_crops import evaluation_batches
 from kinfold.data.decode import Undecodable
-from kinfold.data.loader import evaluation_batches
 from kinfold.data.sources import Source, Subset
 from kinfold.data.work import read
 from kinfold.data.written import written
@@ -35,7 +34,6 @@ from kinfold.evaluate.conditions import Conditions
 
 __all__ = [
     "FrozenBackbone",
-    "bar",
     "extract",
     "features_of",
     "frozen",
@@ -59,22 +57,6 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-@contextmanager
-def bar(text: str | None, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a bar over `total` on a terminal; yields what to call with the number of things done.
-
-    Nothing is shown without a text, where the errors do not go to a terminal, or by another process than the main one.
-    """
-    console = Console(stderr=True)
-    if text is None or not console.is_terminal or not distributed.is_main():
-        yield lambda count: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(text, total=total)
-        yield lambda count: progress.advance(task, count)
 
 
 def stream(

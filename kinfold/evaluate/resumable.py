@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from kinfold import checkpoint, distributed
+from kinfold.console import bar
 from kinfold.errors import UserError
 from kinfold.evaluate.conditions import Conditions
-from kinfold.evaluate.features import bar
 from kinfold.interrupt import Interrupt
 from kinfold.run_folder import held
 

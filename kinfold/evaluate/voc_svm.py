@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from kinfold.console import bar
 from kinfold.data.annotated.voc import Presence
 from kinfold.evaluate.average_precision import all_point, curve, eleven_point
 from kinfold.evaluate.backbones import FrozenBackbone
-from kinfold.evaluate.features import bar
 from kinfold.evaluate.multi_label import MultiLabel
 from kinfold.randomness import SPLIT, STEP, permutation, seed_of
 from kinfold.settings import Count, settings

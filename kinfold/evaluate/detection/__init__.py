@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kinfold import distributed
+from kinfold.console import bar
 from kinfold.data.annotated import coco, voc
 from kinfold.data.annotated.scenes import Preparing, SceneLoader, Scenes, voc_scenes
 from kinfold.errors import UserError
@@ -32,7 +33,7 @@ from kinfold.evaluate.backbones import FrozenBackbone
 from kinfold.evaluate.conditions import Conditions
 from kinfold.evaluate.detection.detected import measure_detections
 from kinfold.evaluate.detection.detectors import RCNN, Detector, build_detector
-from kinfold.evaluate.features import bar, left_out
+from kinfold.evaluate.features import left_out
 from kinfold.evaluate.protocol import Request
 from kinfold.evaluate.results import about_source
 from kinfold.evaluate.resumable import Resumable

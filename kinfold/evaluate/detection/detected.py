@@ -14,6 +14,7 @@ from torch import distributed as dist
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from kinfold import distributed
+from kinfold.console import bar
 from kinfold.data.annotated.scenes import Objects, Scenes, Showing, resized
 from kinfold.data.crop import crop_resize
 from kinfold.data.work import Task, no_readable_image, read, run
@@ -31,7 +32,7 @@ from kinfold.evaluate.detection.boxes import (
     voc_ap,
 )
 from kinfold.evaluate.detection.detectors import Detector
-from kinfold.evaluate.features import bar, frozen, left_out
+from kinfold.evaluate.features import frozen, left_out
 
 T = TypeVar("T")
 _COLOURS = (

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from kinfold import distributed
-from kinfold.data.loader import Loader, evaluation_batches
+from kinfold.console import bar
+from kinfold.data.centre_crops import evaluation_batches
+from kinfold.data.loader import Loader
 from kinfold.data.sources import Source, Subset
 from kinfold.evaluate.backbones import FrozenBackbone
-from kinfold.evaluate.features import bar, frozen, left_out
+from kinfold.evaluate.features import frozen, left_out
 from kinfold.evaluate.labelled import Labelled, Labels
 from kinfold.randomness import ORDER, VIEW, permutation, uniforms
 from kinfold.views import Augmentation, Views

@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 
 from kinfold import distributed
+from kinfold.console import bar
 from kinfold.data.annotated.mask_crops import Looked, Looking
 from kinfold.data.annotated.masks import VOID, Masks, open_masks
 from kinfold.data.work import Task, run
 from kinfold.errors import UserError
 from kinfold.evaluate.conditions import Conditions
-from kinfold.evaluate.features import bar
 from kinfold.evaluate.protocol import Request
 from kinfold.randomness import SPLIT, permutation
 

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kinfold import distributed
+from kinfold.console import bar
 from kinfold.data.annotated.mask_crops import Cropping, Crops, Whole
 from kinfold.data.annotated.masks import VOID, Masks
 from kinfold.data.work import Task, run
 from kinfold.devices import to_device
 from kinfold.errors import UserError
 from kinfold.evaluate.backbones import FrozenBackbone
-from kinfold.evaluate.features import bar, frozen
+from kinfold.evaluate.features import frozen
 from kinfold.evaluate.resumable import Resumable
 from kinfold.evaluate.segmentation.confusion import Confusion, constant, values
 from kinfold.evaluate.segmentation.masked import Held, Masked

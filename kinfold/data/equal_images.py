@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images that are held whole: all of one size, none of them to be decoded at a fraction of it."""
+"""Images of a set that is decoded once: all of one size, none of them to be decoded at a fraction of it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from kinfold.data.work import Task, read_with
 
 
 class Unfit(Exception):
-    """An image that cannot be held whole with the others; the text says why and what to change."""
+    """An image that cannot be held decoded with the others; the text says why and what to change."""
 
 
-def whole(
+def read_equal(
     source: Source,
     position: int,
     channels: int,
@@ -27,7 +27,7 @@ def whole(
     scaled_from: int | None,
     size: tuple[int, ...] | None = None,
 ) -> NDArray[np.uint8]:
-    """Read and decode an image that is held whole: uint8 [H, W, C].
+    """Read and decode an image that is as large as the others: uint8 [H, W, C].
 
     Raises: `Undecodable`; `Unfit` where it is a JPEG whose short side has `scaled_from` pixels or more, or is not of
     the `size`.
@@ -48,8 +48,8 @@ def whole(
 
 
 @dataclass(frozen=True)
-class DecodedBlock:
-    """Decoded images."""
+class EqualBlock:
+    """Decoded images of one size."""
 
     positions: NDArray[np.int64]
     """[n]"""
@@ -62,22 +62,24 @@ class DecodedBlock:
 
 
 @dataclass(frozen=True)
-class Decoding:
-    """Decode whole images of one size; those that do not decode stay black and are named in `bad`."""
+class DecodingEqual:
+    """Decode images of one size in full; those that do not decode stay black and are named in `bad`."""
 
     source: Source
     channels: int
     size: tuple[int, int]
     scaled_from: int | None = None
 
-    def __call__(self, task: Task) -> DecodedBlock:
+    def __call__(self, task: Task) -> EqualBlock:
         bad: dict[int, str] = {}
         pixels = np.zeros((len(task.positions), *self.size, self.channels), np.uint8)  # [n, H, W, C]
         for row, position in enumerate(task.positions.tolist()):
             try:
-                pixels[row] = whole(self.source, position, self.channels, scaled_from=self.scaled_from, size=self.size)
+                pixels[row] = read_equal(
+                    self.source, position, self.channels, scaled_from=self.scaled_from, size=self.size
+                )
             except Undecodable as error:
                 bad[position] = error.reason
             except Unfit as error:
-                return DecodedBlock(task.positions, torch.empty(0), bad, unfit=str(error))
-        return DecodedBlock(task.positions, torch.from_numpy(pixels), bad)
+                return EqualBlock(task.positions, torch.empty(0), bad, unfit=str(error))
+        return EqualBlock(task.positions, torch.from_numpy(pixels), bad)

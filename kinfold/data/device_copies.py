@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @final
-class Transfer:
+class DeviceCopies:
     """Bring tensors to a device: on CUDA on a stream of their own, elsewhere plainly and at once.
 
     The step before is queued on the device when the next batch is asked for; a copy on that step's stream would wait

@@ -41,7 +41,7 @@ _DECODER = 1  # version of the code between a file and its pixels: raise it when
 _PART = 2**24  # bytes that are written and checked at a time
 
 
-class Pixels(NamedTuple):
+class DecodedSet(NamedTuple):
     """A whole set, decoded."""
 
     images: Tensor
@@ -63,7 +63,7 @@ def key_of(source: Source, shape: tuple[int, ...], *, without_jpegs: bool = Fals
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
 
 
-def find(folder: Path, key: str, shape: tuple[int, ...], say: Callable[[str], None]) -> Pixels | None:
+def find(folder: Path, key: str, shape: tuple[int, ...], say: Callable[[str], None]) -> DecodedSet | None:
     """Map the pixels of `key`; None where there are none, or where they are damaged, which `say` is told."""
     place = folder / key
     try:
@@ -82,7 +82,7 @@ def find(folder: Path, key: str, shape: tuple[int, ...], say: Callable[[str], No
         shutil.rmtree(place, ignore_errors=True)
         return None
     kept.used(place)
-    return Pixels(torch.from_numpy(array), bad)
+    return DecodedSet(torch.from_numpy(array), bad)
 
 
 def most_kept() -> float:
@@ -90,13 +90,13 @@ def most_kept() -> float:
     return kept.bound("KINFOLD_PIXELS_GB", BOUND_GB, "decoded images")
 
 
-def keep(folder: Path, key: str, pixels: Pixels, say: Callable[[str], None]) -> None:
-    """Write pixels under their key; where the disk refuses, `say` is told and nothing is left behind.
+def keep(folder: Path, key: str, decoded: DecodedSet, say: Callable[[str], None]) -> None:
+    """Write a set under its key; where the disk refuses, `say` is told and nothing is left behind.
 
     Where the disk or a person's share of it is full, sets that nobody used for longest go first.
     """
     bound = most_kept()
-    array: NDArray[np.uint8] = pixels.images.numpy()  # [N, C, H, W]
+    array: NDArray[np.uint8] = decoded.images.numpy()  # [N, C, H, W]
     if array.nbytes > bound:
         if bound:
             say(
@@ -117,7 +117,7 @@ def keep(folder: Path, key: str, pixels: Pixels, say: Callable[[str], None]) -> 
             if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not kept.give_up(folder, array.nbytes):
                 raise
             _write(draft / "pixels.npy", array)
-        bad = {str(position): reason for position, reason in sorted(pixels.bad.items())}
+        bad = {str(position): reason for position, reason in sorted(decoded.bad.items())}
         about = {"crc32": _checksum(array), "shape": array.shape, "pillow": PIL.__version__, "bad": bad}
         (draft / kept.ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(folder / key, ignore_errors=True)  # another process may have been quicker: the same pixels
