@@ -189,8 +189,13 @@ def page(result: dict[str, Any]) -> dict[str, Any]:
         "encoders, loss, optimiser, momentum, memory, log. Images lie decoded in memory on both sides. lightly's "
         f"workers are processes beside the {threads}. `{BARE}` is query forward and backward, key "
         "forward and optimiser on tensors that lie ready, in channels-last. Processes took "
-        f"turns, {result['rounds']} rounds of {result['steps']} steps, the first {WARM_UP} of each left out.",
+        f"turns, {result['rounds']} rounds of {result['steps']} steps, the first {WARM_UP} of each left out. "
+        "How many times as long the others take is the median of the rounds' own ratios, so it is not the quotient of "
+        "two medians.",
         "It learns as well, in runs one after the other: " + "; ".join(learnt) + ".",
+        "What makes it faster, beside views made for a whole batch at once: images and weights in channels-last, and "
+        "memory that a step has freed and keeps for the next one (`kinfold.devices.keep_freed_memory`), "
+        f"both in `{BARE}` as well. lightly's loop does what its examples do.",
         "What differs: kinfold normalises keys in 8 groups and shuffles them before (as MoCo does on 8 GPUs); "
         "lightly's parts, put together for one process, normalise the whole batch. The momentum update comes before "
         "the step there and after it here, which gives the same sequence of key encoders. Random numbers differ. "

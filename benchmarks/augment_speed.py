@@ -24,13 +24,15 @@ import argparse
 import importlib.util
 import itertools
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import photographs
 import torch
-from measured import in_turns, plain, synchronise, times, write
+from augment_speed_page import PARTS, page
+from measured import in_turns, synchronise, write
 from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms import v2
@@ -45,8 +47,6 @@ from kinfold.views import Augmentation, Views, preset
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 KORNIA = importlib.util.find_spec("kornia") is not None
-PARTS = {"crop": "crop and resize", "rest": "colour, blur, flip, normalise", "both": "all"}
-OWN = ("ours", "ours, compiled")
 CASES = (
     (("moco-v2", "moco-v2"), 224),
     (("sce-alpha", "sce-beta"), 224),
@@ -94,15 +94,15 @@ def main() -> None:
     small, large = (8, 4) if given.quick else (256, 32 if on_cpu else 256)
     if given.quick:
         given.rounds, given.threads = 1, given.threads[:1]
-    timed = []
+    timed: list[dict[str, Any]] = []
+    failed: dict[str, str] = {}
     for threads in given.threads if on_cpu else [torch.get_num_threads()]:
         torch.set_num_threads(threads)
         for names, size in CASES:
             batch = large if size == 224 else small
-            for part, contenders in prepared([preset(name, size=size) for name in names], batch, device).items():
-                runs = {who: finished(what, device) for who, what in contenders.items()}
-                if not on_cpu:
-                    runs = {who: what for who, what in runs.items() if works(who, what)}
+            looks = [preset(name, size=size) for name in names]
+            for part, contenders in prepared(looks, batch, device, failed).items():
+                runs = working({who: finished(what, device) for who, what in contenders.items()}, failed)
                 found = in_turns(runs, rounds=given.rounds, warm_up=1 if on_cpu else 3, per=batch)
                 timed.append(
                     {
@@ -115,32 +115,46 @@ def main() -> None:
                     }
                 )
                 print(*names, size, PARTS[part], f"{threads} thread(s)", line(found), flush=True)
-    result = {"question": (__doc__ or "").splitlines()[0], "device": device.type, "timed": timed}
-    print(
-        write(
-            "augment-speed" if on_cpu else "gpu-augment-speed",
-            {**result, "page": page(result)},
-            alternatives=("kornia",) if KORNIA else (),
-            quick=given.quick,
-        )
+                told = tell(device, timed, failed, quick=given.quick)  # again each time: what is measured is kept
+    print(told)
+
+
+def tell(device: torch.device, timed: list[dict[str, Any]], failed: dict[str, str], *, quick: bool) -> str:
+    """Write what there is so far, with its page."""
+    result = {"question": (__doc__ or "").splitlines()[0], "device": device.type, "timed": timed, "failed": failed}
+    return write(
+        "augment-speed" if device.type == "cpu" else "gpu-augment-speed",
+        {**result, "page": page(result)},
+        alternatives=("kornia",) if KORNIA else (),
+        quick=quick,
     )
 
 
-def works(who: str, what: Part) -> bool:
-    """Whether a contender can be called; a compiler that is missing leaves the others."""
+def working(contenders: dict[str, Part], failed: dict[str, str]) -> dict[str, Part]:
+    """Those that can be called, in their order."""
+    found = {}
+    for who, what in contenders.items():
+        with leaving_out(who, failed):
+            what()
+            found[who] = what
+    return found
+
+
+@contextmanager
+def leaving_out(who: str, failed: dict[str, str]) -> Iterator[None]:
+    """Note that a contender fails, such as for a compiler that is missing, and leave the others; ours must not."""
     try:
-        what()
-    except Exception:
-        if who != "ours, compiled":
+        yield
+    except Exception as error:
+        if who == "ours":
             raise
         print(f"{who} is left out:", flush=True)
         traceback.print_exc()
-        return False
-    return True
+        failed.setdefault(who, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
 
 
 def line(found: dict[str, Any]) -> str:
-    return ", ".join(f"{who} {1e3 * times['median']:.3f} ms" for who, times in found.items())
+    return ", ".join(f"{who} {1e3 * each['median']:.3f} ms" for who, each in found.items())
 
 
 def finished(what: Part, device: torch.device) -> Part:
@@ -153,7 +167,7 @@ def finished(what: Part, device: torch.device) -> Part:
     return wait
 
 
-def prepared(augment: Sequence[Augmentation], batch: int, device: torch.device) -> Contenders:
+def prepared(augment: Sequence[Augmentation], batch: int, device: torch.device, failed: dict[str, str]) -> Contenders:
     """The contenders for two views, each with its images in the form that it is fastest with."""
     photos = augment[0].size > 64
     height, width = (375, 500) if photos else (32, 32)
@@ -163,9 +177,11 @@ def prepared(augment: Sequence[Augmentation], batch: int, device: torch.device) 
     found = ours(images, chosen, augment, device)
     whole = torch.from_numpy(images).permute(0, 3, 1, 2)  # [N, C, H, W]
     if KORNIA:
-        add(found, "kornia", by_kornia(whole.contiguous().to(device), chosen, augment))
+        with leaving_out("kornia", failed):
+            add(found, "kornia", by_kornia(whole.contiguous().to(device), chosen, augment))
     # On a CPU torchvision's uint8 crop is fastest on pixels as they were decoded, channels last in memory.
-    add(found, "torchvision", by_torchvision(whole if device.type == "cpu" else whole.to(device), chosen, augment))
+    with leaving_out("torchvision", failed):
+        add(found, "torchvision", by_torchvision(whole if device.type == "cpu" else whole.to(device), chosen, augment))
     if photos and device.type != "cpu":
         return {"rest": found["rest"]}
     return found
@@ -296,60 +312,6 @@ def torchvision_parts(a: Augmentation) -> tuple[Callable[..., Any], Callable[...
         rest.append(v2.RandomSolarize(a.solarize_threshold, p=a.solarize))
     rest += [v2.RandomHorizontalFlip(p=a.flip), v2.Normalize(MEAN, STD)]
     return v2.RandomResizedCrop(a.size, scale=a.scale, ratio=a.ratio, antialias=True), v2.Compose(rest)
-
-
-def page(result: dict[str, Any]) -> dict[str, Any]:
-    """What a reader should see."""
-    timed, on_cpu = result["timed"], result["device"] == "cpu"
-    whos = {who for one in timed for who in one["seconds"]}
-    alternatives, own = sorted(whos - {*OWN}), sorted(whos & {*OWN})
-    rows = []
-    for one in timed:
-        seconds = one["seconds"]
-        cells = [plain(1e3 * seconds[who]["median"]) if who in seconds else "" for who in [*own, *alternatives]]
-        ratios = [times(seconds[who]["times_ours"]) for who in alternatives]
-        shape = f"{one['batch']} at {one['size']} px"
-        rows.append([shape, kind(one), PARTS[one["part"]], str(one["threads"]), *cells, *ratios])
-    columns = ["images", "views", "part", "threads"]
-    columns += [f"{who}, ms an image" for who in [*own, *alternatives]]
-    columns += [f"{who} / ours" for who in alternatives]
-    text = [
-        "Both views of every image of a batch, as a step makes them: from decoded pixels in memory to normalised "
-        "floats, the random numbers drawn anew each time, with the same operations at the same probabilities. "
-        f"{'kornia works on the batch, ' if 'kornia' in alternatives else ''}torchvision v2 image by image, the crop "
-        "on uint8 tensors and the rest on floats, its fastest way. Decoding is not in it. Photos are 500 x 375 "
-        "pixels; their crop is the loader's workers' work with ours. Images of 32 pixels stay whole in the device's "
-        "memory, and ours cuts them there.",
-        "The work is not the same to the last detail. Ours draws all of a view's numbers at once, and both its parts "
-        "have all of the drawing in them, so that they are together more than the whole; of an alternative each part "
-        "draws its own. kornia draws one order of the four colour operations for a whole batch, ours and torchvision "
-        "one for every image, and kornia's crop has no antialias, which is less work.",
-    ]
-    if "kornia" not in alternatives:
-        text.append("kornia was not installed where this was measured, so it is left out.")
-    if not on_cpu:
-        text.append("Of photos only what happens on the device is timed, which is all but the crop.")
-    whole = [one for one in timed if one["part"] == "both"]
-    summary = []
-    for who in alternatives:
-        ratios_ = [one["seconds"][who]["times_ours"] for one in whole]
-        ours_, theirs = ([1e3 * one["seconds"][name]["median"] for one in whole] for name in ("ours", who))
-        summary.append(
-            {
-                "question": f"both views of each image of a batch, {len(whole)} cases of size, presets and threads, "
-                "ms an image",
-                "ours": f"{plain(min(ours_))} to {plain(max(ours_))}",
-                "alternative": f"{plain(min(theirs))} to {plain(max(theirs))} ({who})",
-                "ratio": f"{times(min(ratios_))[:-1]} to {times(max(ratios_))}",
-            }
-        )
-    return {"title": "Augmentations", "text": text, "table": {"columns": columns, "rows": rows}, "summary": summary}
-
-
-def kind(one: dict[str, Any]) -> str:
-    """The two views' presets in words."""
-    first, second = one["presets"]
-    return f"{first} twice" if first == second else f"{first} and {second}"
 
 
 if __name__ == "__main__":

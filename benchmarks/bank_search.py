@@ -34,7 +34,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measured import ROOT, counted, in_turns, plain, synchronise, times, write
+from bank_search_page import NAMES, page, worked
+from measured import ROOT, in_turns, suffix, synchronise, write
 from torch import Tensor
 
 from kinfold.kernels.search import Found, nearest_rows
@@ -42,9 +43,6 @@ from kinfold.kernels.search import Found, nearest_rows
 IMAGENET = 1_281_167
 GROWTH = (100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)
 CLUSTERS = 1000
-NAMES = {"blocked": "Kinfold, blocked", "dense": "dense product + top-k", "numpy": "dense, numpy's product"}
-CASES = {"together": "random", "clustered": "in clusters"}
-"""part of the result -> how its rows lie"""
 
 
 def dense(queries: Tensor, bank: Tensor, count: int) -> Found:
@@ -130,14 +128,20 @@ def alone(way: str, asked: argparse.Namespace) -> dict[str, Any]:
 
 
 def in_its_own_process(way: str, rows: int, asked: argparse.Namespace) -> dict[str, Any] | None:
-    """Measure one way in a new process; None where the matrix of similarities would not fit beside the bank."""
+    """Measure one way in a new process; None where the matrix of similarities would not fit beside the bank.
+
+    A process that fails leaves the others: {"failed": how it ended}.
+    """
     needed = 4 * rows * (asked.width + (asked.queries if way == "dense" else 0))
     if 1.1 * needed > room(asked.device):
         return None
     command = [sys.executable, __file__, "--way", way, "--rows", str(rows), "--rounds", str(asked.rounds)]
     for word in ("device", "queries", "width", "nearest"):
         command += [f"--{word}", str(getattr(asked, word))]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        print(way, f"{rows:,}", f"failed: exit {done.returncode}", flush=True)
+        return {"failed": f"exit {done.returncode}"}
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     print(way, f"{rows:,}", f"{found['seconds']['median']:.3f} s", f"{found['bytes'] / 1e6:.0f} MB", flush=True)
     return found
@@ -187,7 +191,7 @@ def chart(growth: dict[str, Any], place: Path) -> None:
 
     figure, panels = pyplot.subplots(1, 2, figsize=(8, 3.2), constrained_layout=True)
     for way, colour in (("blocked", "#1b6ca8"), ("dense", "#c05621")):
-        points = [(int(rows), found[way]) for rows, found in growth.items() if found[way] is not None]
+        points = [(int(rows), found[way]) for rows, found in growth.items() if worked(found[way])]
         rows = [n for n, _ in points]
         words: dict[str, Any] = {"marker": "o", "markersize": 4, "color": colour, "label": NAMES[way]}
         panels[0].loglog(rows, [found["seconds"]["median"] for _, found in points], **words)
@@ -199,99 +203,6 @@ def chart(growth: dict[str, Any], place: Path) -> None:
     panels[0].legend(frameon=False, fontsize=9)
     figure.savefig(place, dpi=110)
     pyplot.close(figure)
-
-
-def suffix(device: str) -> str:
-    """What the files of another device have at the end of their names."""
-    return "" if device == "cpu" else f"-{device}"
-
-
-def page(result: dict[str, Any]) -> dict[str, Any]:
-    """What a reader should see."""
-    ways = list(result["together"]["seconds"])
-    rows = []
-    for part, layout in CASES.items():
-        if part in result:
-            found = result[part]["seconds"]
-            spans = [seconds(found[way]) for way in ways]
-            rows.append([f"{result[part]['rows']:,}, {layout}, in turns", *spans, "", ""])
-    for count, apart in result["growth"].items():
-        spans = [seconds(apart[way] and apart[way]["seconds"]) if way in apart else "" for way in ways]
-        memory = [plain(apart[way]["bytes"] / 1e6) if apart[way] else "" for way in WAYS]
-        rows.append([f"{int(count):,}", *spans, *memory])
-    columns = ["images", *(f"seconds, {NAMES[way]}" for way in ways), *(f"MB, {NAMES[way]}" for way in WAYS)]
-    return {
-        "title": "The search in a bank of one key per image (InvP)",
-        "text": text(result),
-        "table": {"columns": columns, "rows": rows},
-        "charts": [f"bank-search{suffix(result['device'])}.png"],
-        "summary": summary(result),
-    }
-
-
-def seconds(found: dict[str, Any] | None) -> str:
-    """Median and range."""
-    if found is None:
-        return "does not fit"
-    return f"{plain(found['median'])} ({plain(found['least'])} to {plain(found['greatest'])})"
-
-
-def text(result: dict[str, Any]) -> list[str]:
-    """The paragraphs of the page."""
-    found = [
-        f"{result['queries']} queries, the {result['nearest']:,} most similar keys of {result['width']} numbers, on "
-        f"{result['device']} with {counted(result['threads'], 'thread')}; median (least to greatest) of the seconds. "
-        "The search alone: no gradient and no loss is in it. Dense is one product with all rows and torch's top-k. In "
-        "turns: in one process, round by round. Other rows: each way in a process of its own, one after the other, on "
-        "random unit vectors; memory is the peak beyond the bank."
-    ]
-    numpy = result["together"]["seconds"].get("numpy")
-    if numpy is not None:
-        found.append(
-            f"Our search multiplies with numpy's product on a CPU. Dense with that product takes "
-            f"{times(numpy['times_ours'])} as long as ours, which is what the search itself gains; dense with torch's "
-            f"takes {times(result['together']['seconds']['dense']['times_ours'])} as long."
-        )
-    shares = [f"{100 * result[part]['rows_in_common']:.3f} % ({CASES[part]})" for part in CASES if part in result]
-    found.append(f"Rows that ours and dense both find: {', '.join(shares)}; the others are as near to within rounding.")
-    if "clustered" in result:
-        found.append(
-            f"*In clusters*: {result['clustered']['clusters']:,} of them, one behind the other as in a folder sorted "
-            "by class, with queries from the same clusters. The nearest rows then come all at once, the hard case for "
-            "a search that keeps what beats the best so far."
-        )
-    return found
-
-
-def summary(result: dict[str, Any]) -> list[dict[str, str]]:
-    """What is compared, in a row each."""
-    rows = []
-    for part, layout in CASES.items():
-        if part in result:
-            found, at = result[part]["seconds"], result[part]["rows"]
-            rows.append(
-                {
-                    "question": f"the {result['nearest']:,} nearest of {at:,} rows, {layout}, for "
-                    f"{result['queries']} queries: time",
-                    "ours": f"{plain(found['blocked']['median'])} s",
-                    "alternative": f"{plain(found['dense']['median'])} s (dense product and top-k)",
-                    "ratio": times(found["dense"]["times_ours"]),
-                }
-            )
-    at = result["together"]["rows"]
-    apart = result["growth"].get(str(at), {})
-    if apart.get("blocked") and apart.get("dense"):
-        ours, theirs = apart["blocked"]["bytes"] / 1e6, apart["dense"]["bytes"] / 1e6
-        rows.append(
-            {
-                "question": f"the {result['nearest']:,} nearest of {at:,} rows for {result['queries']} queries: memory "
-                "beyond the bank",
-                "ours": f"{plain(ours)} MB",
-                "alternative": f"{plain(theirs)} MB (dense product and top-k)",
-                "ratio": times(theirs / ours),
-            }
-        )
-    return rows
 
 
 def main() -> None:
@@ -312,8 +223,6 @@ def main() -> None:
     if asked.quick:
         asked.rows, asked.growth, asked.nearest, asked.rounds = 20_000, [], 100, 1
     growth: dict[str, Any] = {}
-    for rows in sorted({*asked.growth, asked.rows}):
-        growth[str(rows)] = {way: in_its_own_process(way, rows, asked) for way in WAYS}
     result: dict[str, Any] = {
         "question": "seconds and memory of finding the keys most similar to a batch in a bank of one key per image",
         "device": asked.device,
@@ -325,10 +234,21 @@ def main() -> None:
         "clustered": together(asked, CLUSTERS),
         "growth": growth,
     }
-    result["page"] = page(result)
-    if not asked.quick:
-        chart(growth, ROOT / "docs" / f"bank-search{suffix(asked.device)}.png")
-    print(write(f"bank-search{suffix(asked.device)}", result, quick=asked.quick))
+    name = f"bank-search{suffix(asked.device)}"
+
+    def tell() -> str:
+        result["page"] = page(result)
+        if growth and not asked.quick:
+            chart(growth, ROOT / "docs" / f"{name}.png")
+        return write(name, result, quick=asked.quick)
+
+    told = tell()
+    if asked.device == "cuda":
+        torch.cuda.empty_cache()  # the processes need it
+    for rows in sorted({*asked.growth, asked.rows}):
+        growth[str(rows)] = {way: in_its_own_process(way, rows, asked) for way in WAYS}
+        told = tell()  # again each time: what is measured is kept
+    print(told)
 
 
 if __name__ == "__main__":

@@ -4,21 +4,23 @@
     python benchmarks/cifar10_gpu.py moco/cifar10-notebook-asymmetric --data CIFAR10
     python benchmarks/cifar10_gpu.py sce/cifar10 --data CIFAR10
     python benchmarks/cifar10_gpu.py sce/cifar10 --data CIFAR10 --name sce-512 batch_size=512
+    python benchmarks/cifar10_gpu.py sce/cifar10 --data CIFAR10 --minutes 9
     python benchmarks/cifar10_gpu.py sce/cifar10 --data CIFAR10 --device cpu --quick
 
 CIFAR10 is a folder of CIFAR-10 as Parquet (which needs `datasets`) or class folders (which do not), with a train and a
-test split, or hf:OWNER/NAME. The recipe runs for all its epochs in the folder `--out`. After `--minutes` a command ends
-with a checkpoint and exit code 3; the same command goes on from there, through training, k-NN and linear
-classification. `benchmarks/results/gpu-NAME.json` has what was reached so far, "finished" once it is all. Seconds and
-images per second come from the run's log, which covers every step once however often it was stopped. Utilisation is the
-FLOP of matrix products and convolutions a second over the rate of bf16 products of 8192 x 8192 matrices measured on the
-same device.
+test split, or hf:OWNER/NAME. The recipe runs for all its epochs in the folder `--out`, then k-NN and linear
+classification. With `--minutes` a command ends after so many with a checkpoint and exit code 3, and the same command
+goes on from there, as after any other end. `benchmarks/results/gpu-NAME.json` has what was reached so far, "finished"
+once it is all. Seconds and images per second come from the run's log, which covers every step once however often it was
+stopped. Utilisation is the FLOP of matrix products and convolutions a second over the rate of bf16 products of
+8192 x 8192 matrices measured on the same device.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import statistics
@@ -70,6 +72,7 @@ class Clock:
     """The minutes of one command: says what is left, and stops a long part in time."""
 
     def __init__(self, minutes: float) -> None:
+        """`minutes` may be infinite."""
         self.end = time.monotonic() + 60 * minutes
 
     @contextmanager
@@ -80,12 +83,14 @@ class Clock:
             again("the minutes are over")
         # While nothing listens that could go on later, a signal ends the command as the end of its minutes does.
         before = signal.signal(signal.SIGTERM, lambda *_: again("between two parts"))
-        timer = threading.Timer(left, os.kill, (os.getpid(), signal.SIGTERM))
-        timer.start()
+        timer = threading.Timer(left, os.kill, (os.getpid(), signal.SIGTERM)) if math.isfinite(left) else None
+        if timer is not None:
+            timer.start()
         try:
             yield
         finally:
-            timer.cancel()
+            if timer is not None:
+                timer.cancel()
             signal.signal(signal.SIGTERM, before)
 
 
@@ -195,13 +200,14 @@ def page(result: dict[str, Any]) -> dict[str, Any]:
             "Utilisation is the FLOP a second of matrix products and convolutions over the device's own rate of bf16 "
             "products (8192 x 8192), measured in the same command. k-NN on the head's embeddings (k = 200, T = 0.1), "
             "before and after training; linear as the method's authors do it. Seconds are those of all steps; "
-            "imports, the start and evaluation are not in them."
+            "imports, the start and evaluation are not in them.",
+            *([result["note"]] if result.get("note") else []),
         ],
         "table": {
             "columns": ["recipe", "batch", "epochs", "images/s", "s/epoch", "all of them", "memory", "utilisation",
                         "k-NN before", "k-NN", "linear"],
             "rows": [[
-                f"`{result['recipe']}`", str(result["batch_size"]), epochs,
+                f"`{' '.join([result['recipe'], *result['settings']])}`", str(result["batch_size"]), epochs,
                 f"{result['images_per_second']:,.0f}", f"{result['seconds_per_epoch']:.2f}",
                 f"{result['seconds']:.0f} s", "" if memory is None else f"{memory / 1000:.1f} GB",
                 f"{100 * result['utilisation']:.1f} %", *reached,
@@ -221,10 +227,13 @@ def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("recipe")
     words.add_argument("--data", required=True)
-    words.add_argument("--minutes", type=float, default=9.0, help="this command's time; the same command goes on")
+    words.add_argument(
+        "--minutes", type=float, default=math.inf, help="this command's time, no end if not given; the same one goes on"
+    )
     words.add_argument("--out", type=Path, help="folder of the run and of what is done; runs/gpu-NAME if not given")
     words.add_argument("--device", default="cuda")
     words.add_argument("--limit", type=int, help="use this many images of each split only")
+    words.add_argument("--note", help="a sentence for the page, such as where the images are from")
     words.add_argument("--name", help="name of the result file, after gpu-")
     words.add_argument("--quick", action="store_true", help="a small network, few images, nothing written but --out")
     words.add_argument("settings", nargs="*", help="key=value, of the recipe or the run: compile=true epochs=400")
@@ -247,6 +256,7 @@ def main() -> None:
         "settings": given.settings,
         "data": given.data.rstrip("/").split("/")[-1],
         "limit": limit,
+        "note": given.note,
         "device": given.device,
         "epochs": recipe.epochs,
         "epochs_of_recipe": load(given.recipe, run={"data": "-", "out": "-"})[0].epochs,

@@ -4,10 +4,10 @@
     python benchmarks/device_agrees.py --device cuda
 
 Every fast path that only a device takes, on small inputs: the search in a bank, crops and colours of sets that live on
-the device and of decoded files (also compiled, and decoded there), training as it is, compiled, and as CUDA graphs, and
-steps under torch's own watch for waiting. Each check prints how far the device is from the CPU and how far it may be;
-one that fails leaves the others. Writes `benchmarks/results/device-agrees.json`. Needs what kinfold needs but for
-`datasets`, and no network.
+the device and of decoded files (also compiled, and decoded there), memory that steps have yet to read while files are
+decoded, training as it is, compiled, and as CUDA graphs, and steps under torch's own watch for waiting. Each check
+prints how far the device is from the CPU and how far it may be; one that fails leaves the others. Writes
+`benchmarks/results/device-agrees.json`. Needs what kinfold needs but for `datasets`, and no network.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ from kinfold.pretrain import begin, pretrain
 from kinfold.recipe import load
 from kinfold.views import Views, preset
 
-STATISTICS = {"channels": 3, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "seed": 0}
+STATISTICS: dict[str, Any] = {"channels": 3, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "seed": 0}
+PHOTO = (120, 160)
+"""height and width of the photographs"""
 Found = tuple[float, float]
 """how far the device is from the CPU at most, and how far it may be"""
 
@@ -64,20 +66,49 @@ def crops(device: torch.device, place: Path) -> Found:
     return float((ours.int() - crop_levels(images, index, boxes, 32).int()).abs().max()), 0.0
 
 
-def views_as(how: dict[str, Any], device: torch.device, place: Path) -> float:
-    """The mean difference of views of files from those that the CPU makes, in standard deviations of a pixel."""
+def photos(place: Path, device: torch.device, *, batch_size: int = 32, **how: Any) -> Loader:
+    """A loader of two views of 32 photographs."""
     folder = place / "photos"
     if not folder.exists():
         folder.mkdir()
         for seed in range(32):
-            (folder / f"{seed}.jpg").write_bytes(photo(seed, 120, 160))
+            (folder / f"{seed}.jpg").write_bytes(photo(seed, *PHOTO))
     two = Views(augment=(preset("sce-alpha", size=64), preset("sce-beta", size=64)), pairs=((0, 1),))
+    return Loader(open_source(str(folder)), two, batch_size=batch_size, device=device, **STATISTICS, **how)
+
+
+def views_as(how: dict[str, Any], device: torch.device, place: Path) -> float:
+    """The mean difference of views of files from those that the CPU makes, in standard deviations of a pixel."""
     made = []
     for where, words in ((device, how), (torch.device("cpu"), {"workers": 0, "resident": False})):
-        loader = Loader(open_source(str(folder)), two, batch_size=32, device=where, **STATISTICS, **words)  # type: ignore[arg-type]
+        loader = photos(place, where, **words)
         made.append([view.cpu() for batch in loader.epoch(0) for view in batch.views])
         loader.close()
     return max(float((ours - theirs).abs().mean()) for ours, theirs in zip(*made, strict=True))
+
+
+def memory(how: dict[str, Any], device: torch.device, place: Path) -> Found:
+    """Sums of tensors that were let go while they were queued to be read, and files decoded meanwhile: to the bit.
+
+    The tensors are as large as decoded photographs, so that a decoder would be handed their memory.
+    """
+    size = 4096 if device.type == "cuda" else 64
+    factor = torch.zeros(size, size, device=device)
+    into = torch.empty_like(factor)
+    loader = photos(place, device, batch_size=8, epochs=8, **how)
+    sums = []
+    for epoch in range(8):
+        batches = loader.epoch(epoch)
+        for _ in range(loader.steps_per_epoch):
+            whole = [torch.ones(3, *PHOTO, dtype=torch.uint8, device=device) for _ in range(32)]
+            for _ in range(40):  # a tenth of a second, for which the host is ahead
+                torch.mm(factor, factor, out=into)
+            sums += [one.sum() for one in whole]
+            del whole
+            next(batches)
+        next(batches, None)
+    loader.close()
+    return float((torch.stack(sums) - 3 * PHOTO[0] * PHOTO[1]).abs().max()), 0.0
 
 
 def trained(device: torch.device, place: Path, **run: Any) -> list[float]:
@@ -135,9 +166,11 @@ def checks(device: torch.device) -> dict[str, Callable[[torch.device, Path], Fou
         "views by workers": ({"resident": False, "workers": 2, "epochs": 1}, 1e-4),
     }
     runs: dict[str, dict[str, Any]] = {"training": {}, "training, compiled": {"compile": True}}
+    there: dict[str, Any] = {"resident": False, "workers": 2, "decode": "device"}
     if device.type == "cuda":
         ways["views on the device, compiled"] = ({"resident": True, "compiled": True}, 1e-3)
-        ways["views of files decoded there"] = ({"resident": False, "workers": 2, "decode": "device"}, 0.2)
+        ways["views of files decoded there"] = (there, 0.2)
+        found["memory while files are decoded there"] = lambda d, p: memory(there, d, p)
         runs["training, graphs"] = {"compile": "graphs"}
     for name, (how, allowed) in ways.items():
         found[name] = lambda d, p, how=how, allowed=allowed: (views_as(how, d, p), allowed)  # type: ignore[misc]

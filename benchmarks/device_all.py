@@ -1,16 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that wants a GPU, in one command, the most valuable first, within a limit of seconds.
+"""Everything that wants a GPU, in one command, the most valuable first, within a limit of seconds where one is given.
 
-    python benchmarks/device_all.py --data CIFAR10 --seconds 560 --out measured
-    python benchmarks/device_all.py --data CIFAR10 --seconds 560 --out measured compile=true
+    python benchmarks/device_all.py --data CIFAR10 --out measured
+    python benchmarks/device_all.py --data CIFAR10 --out measured --seconds 560
+    python benchmarks/device_all.py --data CIFAR10 --out measured --seconds 560 compile=true
     python benchmarks/device_all.py --device cpu --quick --out measured
 
-The steps run one after the other, each in a process of its own: whether the device gives what the CPU gives, the bank's
-search, the augmentations, the step of ResNet-50, the CIFAR-10 recipes (left out without `--data`). A step that fails or
+The steps run one after the other, each in a process of its own: whether the device gives what the CPU gives, the step
+of ResNet-50 beside its encoders, a CIFAR-10 recipe, then the bank's search, the augmentations, CIFAR-10 living on the
+device, the step in parts, the other recipes (what wants CIFAR-10 is left out without `--data`). A step that fails or
 takes too long is ended with all its processes and leaves the others. Results go to `benchmarks/results` and, after
 every step, to the folder `--out`, with what each step printed. The same command goes on where the last one stopped: a
 step is done where its result was measured to the end with the code as it is now. Exit code 0: all is done; 3: give the
 command again; 1: a step failed.
+
+On a machine that is new each time, carry the folder `--out`, which has all results and says what is done, there and
+back, and `runs`, which has the checkpoints of a recipe under way; without `runs` that recipe begins anew. Where only
+few files can be fetched, pack the folder into one archive. Results that it brings back belong in `benchmarks/results`,
+charts in `docs`.
 
 Needs what kinfold needs; on a machine without a network bring what it lacks. kinfold imports pydantic (with
 pydantic-core, annotated-types, typing-inspection), typer, rich, timm, safetensors, pyyaml, pillow, pyarrow, scipy,
@@ -24,6 +31,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -48,7 +56,7 @@ class Step:
 
     name: str
     words: tuple[str, ...]
-    """what python is given; {device}, {data}, {minutes}, {runs}, {code} and {settings} are filled in"""
+    """what python is given; {device}, {data}, {note}, {minutes}, {runs}, {code} and {settings} are filled in"""
     result: str | None
     """benchmarks/results/RESULT.json, which says that it is done"""
     least: float
@@ -62,27 +70,35 @@ class Step:
 def cifar(name: str, recipe: str, *words: str) -> Step:
     """One CIFAR-10 recipe, as far as the time goes."""
     script = ("benchmarks/cifar10_gpu.py", recipe, "--data", "{data}", "--device", "{device}", "--name", name)
-    goes_on = ("--minutes", "{minutes}", "--out", f"{{runs}}/gpu-{name}-{{code}}")
+    goes_on = ("--minutes", "{minutes}", "--out", f"{{runs}}/gpu-{name}-{{code}}", "--note", "{note}")
     return Step(name, (*script, *goes_on, *words, "{settings}"), f"gpu-{name}", 60, 1e9)
 
 
 STEPS = (
-    Step("agrees", ("benchmarks/device_agrees.py", "--device", "{device}"), "device-agrees", 45, 200),
+    Step("agrees", ("benchmarks/device_agrees.py", "--device", "{device}"), "device-agrees", 60, 300),
+    Step(
+        "step-whole",
+        ("benchmarks/gpu_step.py", "--device", "{device}", "--part", "whole", "--rounds", "2", "{settings}"),
+        "gpu-step-whole",
+        120,
+        420,
+    ),
+    cifar("moco-cifar10-notebook-asymmetric", "moco/cifar10-notebook-asymmetric"),
     Step(
         "bank-search",
         ("benchmarks/bank_search.py", "--device", "{device}"),
         "bank-search-cuda",
-        60,
-        180,
+        150,
+        300,
         ("docs/bank-search-cuda.png",),
     ),
-    Step("augment-speed", ("benchmarks/augment_speed.py", "--device", "{device}"), "gpu-augment-speed", 45, 180),
+    Step("augment-speed", ("benchmarks/augment_speed.py", "--device", "{device}"), "gpu-augment-speed", 120, 300),
     Step(
-        "step-whole",
-        ("benchmarks/gpu_step.py", "--device", "{device}", "--part", "whole", "{settings}"),
-        "gpu-step-whole",
-        120,
-        420,
+        "resident",
+        ("benchmarks/resident.py", "--device", "{device}", "--data", "{data}"),
+        "resident-cuda",
+        60,
+        300,
     ),
     Step(
         "step-changes",
@@ -91,7 +107,6 @@ STEPS = (
         120,
         420,
     ),
-    cifar("moco-cifar10-notebook-asymmetric", "moco/cifar10-notebook-asymmetric"),
     cifar("sce-cifar10", "sce/cifar10"),
     cifar("moco-256", "moco/cifar10-notebook-asymmetric", "batch_size=256"),
     cifar("sce-512", "sce/cifar10", "batch_size=512"),
@@ -117,11 +132,14 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
-def is_done(step: Step, record: dict[str, Any], now: str) -> bool:
-    """Whether it was measured to the end with the code `now`; `record` knows of steps without a result."""
+def is_done(step: Step, out: Path, record: dict[str, Any], now: str) -> bool:
+    """Whether it was measured to the end with the code `now`, here or where the folder `out` was brought from.
+
+    `record` knows of steps without a result.
+    """
     if step.result is None:
         return bool(record.get(step.name, {}).get("done") == now)
-    return bool(read(RESULTS / f"{step.result}.json").get("measured_to_the_end_with") == now)
+    return any(read(folder / f"{step.result}.json").get("measured_to_the_end_with") == now for folder in (RESULTS, out))
 
 
 def filled(step: Step, given: argparse.Namespace, seconds: float) -> list[str]:
@@ -129,6 +147,7 @@ def filled(step: Step, given: argparse.Namespace, seconds: float) -> list[str]:
     values = {
         "device": given.device,
         "data": os.path.abspath(given.data) if given.data and os.path.exists(given.data) else given.data or "",
+        "note": given.note,
         "minutes": f"{max(seconds - 20, 5) / 60:.2f}",
         "runs": str(given.out if given.quick else ROOT / "runs"),
         "code": code(step, given.settings),
@@ -191,9 +210,12 @@ def bring(step: Step, given: argparse.Namespace, *, finished: bool, since: float
 def main() -> None:
     """Read the words; run what is not done while there is time."""
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("--seconds", type=float, default=560.0, help="this command's time; the same command goes on")
+    words.add_argument(
+        "--seconds", type=float, default=math.inf, help="this command's time, no end if not given; the same one goes on"
+    )
     words.add_argument("--out", type=Path, required=True, help="folder for copies of all results, and logs")
-    words.add_argument("--data", help="CIFAR-10; without it those recipes are left out")
+    words.add_argument("--data", help="CIFAR-10; what wants it is left out if not given")
+    words.add_argument("--note", default="", help="a sentence on CIFAR10 for the page, if it is not the original files")
     words.add_argument("--device", default="cuda")
     words.add_argument("--only", nargs="+", choices=[step.name for step in STEPS], help="these steps only")
     words.add_argument("--commit", help="what is measured, where git does not say")
@@ -208,7 +230,7 @@ def main() -> None:
     for step in (step for step in wanted if step.name in (given.only or [step.name])):
         left = until - time.monotonic() - SETTLE - 5
         now = code(step, given.settings)
-        if is_done(step, record, now):
+        if is_done(step, given.out, record, now):
             told: dict[str, Any] = {"state": "done before", "done": now}
         elif left < step.least and not given.quick:
             told = {"state": "no time"}

@@ -2,7 +2,8 @@
 """Does every protocol run from end to end on two cores, in under five minutes, and is its figure better than chance?
 
     kinfold pretrain DATA/cifar10 --recipe benchmarks/recipes/sce.yaml --out runs/sce-cifar limit=10000
-    python benchmarks/evaluation.py --backbone runs/sce-cifar --data DATA [--only knn linear ...]
+    python benchmarks/evaluation.py --backbone runs/sce-cifar --data DATA
+    python benchmarks/evaluation.py --backbone runs/sce-cifar --data DATA --only knn linear-cifar10
 
 DATA is a folder with the sets `cifar10`, `tiny-imagenet-200-32px` and `imagenette-224-subset` (Parquet), and the
 VOC-layout sets `bccd-voc/BCCD.tar` and `voc2012-mini200/VOC2012-mini200.tar`, which are unpacked for the while. Each

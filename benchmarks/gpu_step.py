@@ -11,7 +11,8 @@ measurement: what was measured before something failed or was stopped is there.
 
 `whole`: images per second of `kinfold.pretrain.pretrain` from its own log, beside a forward and backward of the same
 model on tensors that lie on the device, in turns: once with images that live on the device, once with the loader
-running from JPEG files of 500 x 375 on all cores.
+running from JPEG files of 500 x 375 on all cores. Workers make batches ahead while the first steps are slow, so from
+files there are 200 steps at least, and the first ones, three times as many as the workers can have ready, do not count.
 `changes`: the whole step in parts, the device waited for after each, and the kernels that take most of its time, before
 and after each change: bf16, channels-last, fused optimiser, compiled.
 
@@ -43,7 +44,7 @@ from measured import synchronise, write
 from photographs import photo
 from torch import Tensor
 
-from kinfold.devices import choose_device
+from kinfold.devices import choose_device, choose_workers
 from kinfold.pretrain import pretrain
 from kinfold.recipe import Recipe, Run, load
 from kinfold.training import build_learner
@@ -55,6 +56,10 @@ DIFFERENT = 256
 """photographs that are drawn and encoded; more files are copies of their bytes"""
 QUICK = ["backbone.name=resnet10_w32", "head.hidden=[32]", "views.augment.*.size=32", "memory.size=128"]
 QUICK += ["predictor.hidden=[32]", "head.out=32", "predictor.out=32"]
+FROM_FILES = 200
+"""steps from files at least"""
+AHEAD = 3 * 2
+"""steps from files a worker that are left out: three times the two batches that each may have ready"""
 RUN = {"compile", "workers", "resident", "decode"}
 """settings that are the run's; all others are the recipe's"""
 
@@ -140,18 +145,36 @@ def speed_alone(given: argparse.Namespace, device: torch.device) -> dict[str, fl
     return {"images_per_second": given.batch * given.steps / (time.perf_counter() - began), **peak(device)}
 
 
+def stretch(given: argparse.Namespace, *, resident: bool) -> tuple[int, int]:
+    """How many steps a measurement of the whole step takes, and how many of the first ones are left out."""
+    left_out = 3 * max(1, given.steps // 10)
+    if resident or given.quick:
+        return given.steps, left_out
+    _, run = read(given, given.steps, data="-", out="-")
+    left_out = max(left_out, AHEAD * choose_workers(run.workers))
+    return max(FROM_FILES, left_out + given.steps), left_out
+
+
 def speed_whole(
     given: argparse.Namespace, device: torch.device, data: Path, out: Path, *, resident: bool
 ) -> dict[str, float]:
     """Images per second of our whole step, from its log without the first part, and the share spent waiting."""
-    words = [f"resident={str(resident).lower()}", f"log_every={max(1, given.steps // 10)}"]
-    recipe, run = read(given, given.steps, *words, data=data, out=out)
+    steps, left_out = stretch(given, resident=resident)
+    every = max(1, given.steps // 10)
+    words = [f"resident={str(resident).lower()}", f"log_every={every}"]
+    recipe, run = read(given, steps, *words, data=data, out=out)
     done = pretrain(recipe, run, quiet=True)
+    if done.step < done.steps:  # a signal: what is there of it is no whole measurement, and nothing may follow
+        sys.exit(f"stopped at step {done.step} of {done.steps}")
     lines = [json.loads(line) for line in (done.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    steady = [line for line in lines if "images_per_second" in line][3:]
+    # A line is about the steps since the one before it.
+    steady = [line for line in lines if "images_per_second" in line and line["step"] >= left_out + every]
+    first = steady[0]["step"] - every
     return {
         "images_per_second": len(steady) / sum(1 / line["images_per_second"] for line in steady),
         "waiting_for_images": statistics.median(line["waiting"] for line in steady),
+        "steps": done.steps - first,
+        "steps_left_out": first,
         **peak(device),
     }
 

@@ -47,6 +47,13 @@ def whole_page(result: dict[str, Any]) -> dict[str, Any]:
                 f"{100 * used[name]:.1f} %", "" if waiting is None else f"{100 * waiting:.1f} %",
                 "" if memory is None else f"{memory / 1000:.1f} GB",
             ])  # fmt: skip
+    of_files = medians.get("from_files", {})
+    longer = ""
+    if "steps" in of_files:
+        longer = (
+            f" From files {of_files['steps']:,.0f} steps count; the {of_files['steps_left_out']:,.0f} before them do "
+            "not, as workers have made images ahead for these."
+        )
     splits = result["batch_norm_splits"]
     norm = "plain batch norm" if splits == [1, 1] else f"batch norm in {splits[0]} and {splits[1]} groups"
     text = [
@@ -57,7 +64,8 @@ def whole_page(result: dict[str, Any]) -> dict[str, Any]:
         f"The files are {result['files']:,} generated JPEGs of 500 × 375 pixels, "
         f"{result['kilobytes_of_a_photograph']:.0f} kB each (ImageNet's are about as large: 110 kB), in the system's "
         f"memory once they are written; they are read and decoded on {result['machine_cores']} cores. "
-        f"Contenders took turns, {len(result['rounds'])} rounds of {result['steps']} steps, another one first in each.",
+        f"Contenders took turns, {len(result['rounds'])} rounds of {result['steps']} steps, another one first in each."
+        f"{longer}",
         *left_out(result, WHOLE),
     ]
     return {

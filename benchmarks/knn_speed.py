@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast are the nearest neighbours of a test set found, against scikit-learn's brute force and faiss' flat index?
 
-    python -m uv run --with-requirements benchmarks/alternatives.txt python benchmarks/knn_speed.py
+    uv run --with-requirements benchmarks/alternatives.txt python benchmarks/knn_speed.py
 
 50,000 features of 512 numbers are asked by 10,000 others for the 200 with the greatest cosine. Every contender gets the
 features as a backbone gives them, in memory, and makes unit vectors itself; none may keep an index for the next round.

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many images a second does one core prepare for two views, ours against torchvision with PIL and lightly?
 
-    python benchmarks/loader_speed.py [--data FOLDER] [--images 64] [--rounds 5] [--quick]
+    uv run --with-requirements benchmarks/alternatives.txt python benchmarks/loader_speed.py
 
-needs the packages of `benchmarks/alternatives.txt`. Two MoCo v2 views of 224 pixels of each image, all contenders on
-the same files, in one process that is held to one core, one thread, in turns. The files are JPEGs of 500 x 375 pixels
-and quality 90, generated as 1/f noise (about 120 kB each), or those of `--data`.
+Two MoCo v2 views of 224 pixels of each image, all contenders on the same files, in one process that is held to one
+core, one thread, in turns. The files are JPEGs of 500 x 375 pixels and quality 90, generated as 1/f noise (about 120 kB
+each), or those of `--data FOLDER`.
 
 Our workers decode and cut, and the rest happens on the device for the whole batch; torchvision's and lightly's do all
 of it. So there are two figures of ours: the workers' share alone, and with the device's share done on the same core.
 
-Then a photo of 4000 x 3000 pixels for two views of 128, decoded in full and at a fraction; and the whole loader with
-two workers, in which the main process does the device's share.
+Then a photo of 4000 x 3000 pixels for two views of 128: decoded in full, decoded at a fraction, and decoded in full
+after `kinfold pack` has shrunk it with its defaults, which is timed apart. And the whole loader with two workers, in
+which the main process does the device's share.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ import argparse
 import io
 import os
 import random
+import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from measured import in_turns, times, write
+from measured import in_turns, plain, ratio, times, write
 from numpy.typing import NDArray
 from photographs import photo
 from PIL import Image, ImageFilter
@@ -36,6 +39,8 @@ from torchvision import transforms
 from kinfold.data.cutting import Cutting
 from kinfold.data.finish import finish
 from kinfold.data.loader import Loader
+from kinfold.data.pack import pack
+from kinfold.data.sources import open_source
 from kinfold.data.work import Task
 from kinfold.views import Augmentation, Views, preset
 
@@ -124,15 +129,37 @@ def one_core(files: list[bytes], rounds: int) -> dict[str, Any]:
     return in_turns(contenders, rounds=rounds, per=len(files))
 
 
+LARGE = 8
+"""times that the large photo is there"""
+
+
+def packed(files: Files) -> tuple[Files, dict[str, Any]]:
+    """The files as `kinfold pack` with its defaults leaves them, and what that took in this process."""
+    with tempfile.TemporaryDirectory() as place:
+        began = time.perf_counter()
+        made = pack(files, f"{place}/packed", workers=0)
+        seconds = time.perf_counter() - began
+        source = open_source(f"{place}/packed", cache=Path(place, "cache"))
+        read = [source.read(i) for i in range(len(source))]
+    found = {"seconds_an_image": seconds / len(files), "short_side": made.settings["short_side"]}
+    found |= {"bytes_before": made.bytes_before, "bytes_after": made.bytes_after}
+    return Files([file for file in read if isinstance(file, bytes)]), found
+
+
 def large(rounds: int, height: int, width: int) -> dict[str, Any]:
-    """Seconds a photo of several megapixels for two views of 128 pixels, at a fraction and in full."""
-    files = Files([photo(0, height, width)], 8)
+    """Seconds a photo of several megapixels for two views of 128 pixels: in full, at a fraction, packed."""
+    files = Files([photo(0, height, width)], LARGE)
+    packed(Files(files.files))  # what is imported the first time does not count
+    shrunk, packing = packed(files)
     small = Views(augment=(preset("moco-v2", size=128), Augmentation(size=128)), pairs=((0, 1),))
-    work = {scaled: Cutting(files, small, 3, 0, scaled=scaled) for scaled in (True, False)}
-    task = Task(0, np.arange(8))
-    return in_turns(
-        {"at a fraction": lambda: work[True](task), "in full": lambda: work[False](task)}, rounds=rounds, per=8
-    )
+    task = Task(0, np.arange(LARGE))
+    work = {
+        "at a fraction": Cutting(files, small, 3, 0, scaled=True),
+        "in full": Cutting(files, small, 3, 0),
+        "packed": Cutting(shrunk, small, 3, 0),
+    }
+    contenders = {name: partial(cutting, task) for name, cutting in work.items()}
+    return {"large_photo": in_turns(contenders, rounds=rounds, per=LARGE), "packing": packing}
 
 
 def delivered(files: list[bytes], batches: int) -> dict[str, float]:
@@ -151,20 +178,19 @@ def delivered(files: list[bytes], batches: int) -> dict[str, float]:
 def page(found: dict[str, Any]) -> dict[str, Any]:
     """What a reader should see."""
     count, kilobytes = found["images"], found["bytes"] / found["images"] / 1e3
-    core, big, loop = found["one_core"], found["large_photo"], found["two_workers"]
+    core, loop = found["one_core"], found["two_workers"]
 
     def row(name: str, does: str) -> list[str]:
-        ratio = core[name].get("times_ours")
-        return [name, does, f"{1 / core[name]['median']:.0f}", "1" if ratio is None else times(ratio)]
+        longer = "1" if name == OURS else times(ratio(core[OURS], core[name]))
+        return [name, does, f"{1 / core[name]['median']:.0f}", longer]
 
     def summary_row(question: str, ours: str) -> dict[str, str]:
-        rivals = {name: 1 / core[name]["median"] for name in (TORCHVISION, PIL, LIGHTLY)}
-        own = 1 / core[ours]["median"]
+        rivals = {name: core[name] for name in (TORCHVISION, PIL, LIGHTLY)}
         return {
             "question": f"{question}, images/s on one core",
-            "ours": f"{own:.0f}",
-            "alternative": ", ".join(f"{speed:.0f} ({name}, all of it)" for name, speed in rivals.items()),
-            "ratio": ", ".join(times(own / speed) for speed in rivals.values()),
+            "ours": f"{1 / core[ours]['median']:.0f}",
+            "alternative": ", ".join(f"{1 / one['median']:.0f} ({name}, all of it)" for name, one in rivals.items()),
+            "ratio": ", ".join(times(ratio(core[ours], one)) for one in rivals.values()),
         }
 
     return {
@@ -178,9 +204,7 @@ def page(found: dict[str, Any]) -> dict[str, Any]:
             "flip and normalisation are left to the device, a whole batch at a time. The second row does those too, "
             "on the same core, which is what a machine without a GPU does. Torchvision and lightly do all of it in a "
             "worker. The last column says how many times as long as our workers each took for an image.",
-            f"A large JPEG ({' x '.join(map(str, found['large_photo_size']))} pixels) for two views of 128 pixels "
-            f"takes {1e3 * big['in full']['median']:.0f} ms in full and "
-            f"{1e3 * big['at a fraction']['median']:.0f} ms with images.scaled_decode=true.",
+            text_of_large(found),
             "The whole loader with two workers, the main process doing the device's share on the same cores, delivers "
             f"{loop['images_per_second']:.0f} images a second; {loop['waiting']:.0%} of the time is spent waiting.",
         ],
@@ -197,8 +221,45 @@ def page(found: dict[str, Any]) -> dict[str, Any]:
         "summary": [
             summary_row("the workers' share: decode and cut two views of a 500 x 375 JPEG", OURS),
             summary_row("all of two views of a 500 x 375 JPEG, the device's share on the same core", WHOLE),
+            *summary_of_large(found),
         ],
     }
+
+
+def text_of_large(found: dict[str, Any]) -> str:
+    """The paragraph on the large photo."""
+    big = found["large_photo"]
+    ms = {name: plain(1e3 * one["median"]) for name, one in big.items()}
+    text = (
+        f"A large JPEG ({' x '.join(map(str, found['large_photo_size']))} pixels) for two views of 128 pixels takes "
+        f"{ms['in full']} ms in full and {ms['at a fraction']} ms with images.scaled_decode=true"
+    )
+    if "packed" not in big:
+        return f"{text}."
+    once, packed_ = found["packing"], big["packed"]
+    return (
+        f"{text}. Packed, with a short side of {once['short_side']} pixels, and then decoded in full it takes "
+        f"{ms['packed']} ms: the other two take {times(ratio(packed_, big['in full']))} and "
+        f"{times(ratio(packed_, big['at a fraction']))} as long. Packing took "
+        f"{plain(1e3 * once['seconds_an_image'])} ms a photo, once, and made {plain(once['bytes_before'] / 1e6)} MB "
+        f"into {plain(once['bytes_after'] / 1e6)} MB. All of it is Kinfold, with files in memory; the three took turns."
+    )
+
+
+def summary_of_large(found: dict[str, Any]) -> list[dict[str, str]]:
+    """The row on the large photo; nothing where packing was not measured."""
+    ms = {name: plain(1e3 * one["median"]) for name, one in found["large_photo"].items()}
+    if "packed" not in ms:
+        return []
+    size = " x ".join(map(str, found["large_photo_size"]))
+    return [
+        {
+            "question": f"two views of 128 px of a JPEG of {size}: decoding and cutting on one core",
+            "ours": f"{ms['packed']} ms (packed once)",
+            "alternative": f"{ms['at a fraction']} ms (at a fraction), {ms['in full']} ms (in full)",
+            "ratio": "",  # ours beside ours
+        }
+    ]
 
 
 def main() -> None:
@@ -226,7 +287,7 @@ def main() -> None:
     found["one_core"] = one_core(files, rounds)
     height, width = (600, 800) if given.quick else (3000, 4000)
     found["large_photo_size"] = [width, height]
-    found["large_photo"] = large(rounds, height, width)
+    found |= large(rounds, height, width)
     os.sched_setaffinity(0, cores)
     found["two_workers"] = delivered(files, 2 if given.quick else 12)
     found["page"] = page(found)

@@ -111,9 +111,9 @@ def in_turns(
     """Time contenders in turns, in one process: each round runs every one of them, in an order that moves on.
 
     The first contender is ours. `per` divides the seconds, for example by the images of one call. Gives, for each
-    name, the median, least and greatest seconds with all single ones, and for each but the first `times_ours`: how many
-    times as long as ours it took, the median over the rounds, so that a machine that slows down for a while favours
-    nobody.
+    name, the median, least and greatest seconds with all single ones, and for each but the first `times_ours`, its
+    `ratio`: how many times as long as ours it took, the median over the rounds, so that a machine that slows down for a
+    while favours nobody.
     """
     names = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -135,10 +135,24 @@ def summary(seconds: Mapping[str, list[float]]) -> dict[str, Any]:
         for name, all_ in seconds.items()
     }
     for name in others:
-        ratios = [theirs / own for theirs, own in zip(seconds[name], seconds[ours], strict=True)]
-        found[name]["times_ours"] = statistics.median(ratios)
-        found[name]["times_ours_each"] = ratios
+        found[name]["times_ours_each"] = each_round(found[ours], found[name])
+        found[name]["times_ours"] = ratio(found[ours], found[name])
     return found
+
+
+def each_round(ours: Mapping[str, Any], other: Mapping[str, Any]) -> list[float]:
+    """How many times as long as ours the other took in each round, of two entries of a `summary`."""
+    return [theirs / own for own, theirs in zip(ours["all"], other["all"], strict=True)]
+
+
+def ratio(ours: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+    """How many times as long as ours the other took, the median over the rounds, which is the rule of the house."""
+    return statistics.median(each_round(ours, other))
+
+
+def suffix(device: str) -> str:
+    """What the files of a result on another device than the CPU have at the end of their names."""
+    return "" if device == "cpu" else f"-{device}"
 
 
 def _git(*words: str) -> str | None:

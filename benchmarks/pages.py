@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Do the results say of their figures what their scripts say of them now?
 
-    python benchmarks/pages.py            writes every stored result's entry "page" anew
+    python benchmarks/pages.py            writes the entry "page" of the stored results anew
     python benchmarks/pages.py --check    says which would change, and fails if one would
 
-Figures are never touched. For a text that was corrected after the measurement; then `performance.py` makes the page.
+Those are the results that stand on docs/performance.md. Figures are never touched. For a text that was corrected after
+the measurement; then `performance.py` makes the page.
 """
 
 from __future__ import annotations
@@ -17,6 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from measured import RESULTS
+from performance_sections import SECTIONS
+
+
+def stored() -> list[Path]:
+    """The result files that stand on the page of performance, as far as they were measured."""
+    paths = [RESULTS / f"{wanted.name}.json" for about in SECTIONS for wanted in about.files]
+    return [path for path in paths if path.is_file()]
 
 
 def script_of(result: dict[str, Any]) -> str:
@@ -37,9 +45,10 @@ def main() -> None:
     words.add_argument("--check", action="store_true")
     given = words.parse_args()
     others = []
-    for path in sorted(RESULTS.glob("*.json")):
+    for path in stored():
         result = json.loads(path.read_text(encoding="utf-8"))
-        if "page" not in result or result["page"] == (page := page_of(result)):
+        page = page_of(result)
+        if result.get("page") == page:
             continue
         others.append(path.name)
         if not given.check:

@@ -26,69 +26,11 @@ PAGE = ROOT / "docs" / "performance.md"
 
 
 def read(name: str) -> dict[str, Any] | None:
-    """The result file NAME.json with its page; None where there is none."""
+    """The result file NAME.json with its page; None where there is no file."""
     found = result_files.read(name)
-    if found is not None and "page" not in found and name in PAGES:
-        found["page"] = PAGES[name](found)
-    return found if found is not None and "page" in found else None
-
-
-def loop_page(result: dict[str, Any]) -> dict[str, Any]:
-    """The page of benchmarks/loop_overhead.py, whose file also makes a table of the README."""
-    medians = result["medians"]
-    names = {"kinfold": "`pretrain`, all included", "bare": "encoders alone"}
-    rows = [
-        [title, f"{medians[name]['images_per_second']:.1f}", f"{medians[name]['peak_memory_mb']:,.0f} MB"]
-        for name, title in names.items()
-    ]
-    return {
-        "title": "What the loop costs",
-        "text": [
-            f"`pretrain` beside {result['bare']}: {result['backbone']} at 32 px, batch {result['batch_size']}, "
-            f"{len(result['pairs'])} pairs of processes in turns."
-        ],
-        "table": {"columns": ["loop", "images/s", "peak memory"], "rows": rows},
-        "summary": [
-            {
-                "question": f"images/s of `pretrain`, {result['backbone']} at 32 px",
-                "ours": rows[0][1],
-                "alternative": f"{rows[1][1]} (encoders alone)",
-                "ratio": f"{100 * result['speed_share']:.0f} %",
-            }
-        ],
-    }
-
-
-def features_page(result: dict[str, Any]) -> dict[str, Any]:
-    """The page of benchmarks/features_memory.py, whose file also makes a table of the README."""
-    parts = {"extract": "making features", "linear": "linear classifier on them", "knn": "k-NN on them"}
-    found = result["parts"]
-    most = max(found[part]["mb_own_at_most"] for part in parts)
-    disk = f"{result['mb_of_the_features_on_disk'] / 1000:.1f} GB"
-    rows = [
-        [title, f"{found[p]['mb_own_at_most']:,.0f} MB", f"{found[p]['seconds']:.0f} s"] for p, title in parts.items()
-    ]
-    return {
-        "title": "Memory of features",
-        "text": [
-            f"{result['images']:,} synthetic images, {result['features']:,} features each, {disk} on the disk: the "
-            "memory of the process's own at most, beyond what it had after its imports. Pages of mapped files "
-            "are not counted."
-        ],
-        "table": {"columns": ["part", "own memory", "time"], "rows": rows},
-        "summary": [
-            {
-                "question": f"own memory while {result['images']:,} features are made and used",
-                "ours": f"{most:,.0f} MB",
-                "alternative": f"{disk} (all of them at once)",
-                "ratio": f"{100 * most / result['mb_of_the_features_on_disk']:.1f} %",
-            }
-        ],
-    }
-
-
-PAGES = {"loop-overhead": loop_page, "features-memory": features_page}
-"""for files whose scripts write no page"""
+    if found is not None and "page" not in found:
+        sys.exit(f"{name}.json does not say what stands on the page: run python benchmarks/pages.py")
+    return found
 
 
 def link(name: str) -> str:

@@ -76,7 +76,16 @@ SECTIONS = (
     ),
     Section(
         "Small sets live on the device",
-        (Wanted("resident", "start-up and views of CIFAR-10", "python benchmarks/resident.py --data CIFAR10"),),
+        (
+            Wanted(
+                "resident", "start-up and views of CIFAR-10, on the CPU", "python benchmarks/resident.py --data CIFAR10"
+            ),
+            Wanted(
+                "resident-cuda",
+                "start-up and views of CIFAR-10, on one GPU",
+                "python benchmarks/resident.py --data CIFAR10 --device cuda",
+            ),
+        ),
     ),
     Section(
         "Starting",
@@ -148,15 +157,19 @@ BEFORE = """\
 
 <!-- Made by `python benchmarks/performance.py` from the files under benchmarks/results: change those, not this. -->
 
-How fast each part is beside what one would take instead: another library, or the plain form. Contenders took turns, so
-that a machine that slows down for a while favours nobody; figures are medians, and the file of each row has machine,
-versions, commit and spread. "1.45× as fast" says that the other takes 1.45 times as long. lightly, kornia and faiss are
-installed for these scripts only.
+How fast each part is beside what one would take instead: another library, or the plain form. Where something is
+compared, contenders took turns, unless the section says otherwise, so that a machine that slows down for a while
+favours nobody. Figures are medians; the file of each row has machine, versions, commit and single measurements. "1.45×
+as fast" says that the other takes 1.45 times as long: the median of the rounds' own ratios, so not always the quotient
+of the two figures beside it.
+
+`python` stands for `python3 -m uv run python`, and `uv` for `python3 -m uv`. lightly, kornia and faiss are installed
+for these scripts only.
 """
 
 MISSING = """\
-**Not measured yet.** Each is one command, and `python benchmarks/device_all.py` runs all that want a GPU. CIFAR10 is a
-folder of CIFAR-10 as Parquet.
+**Not measured yet.** Each is one command, and `python benchmarks/device_all.py --data CIFAR10 --out measured` runs all
+that want a GPU. CIFAR10 is a folder of CIFAR-10 as Parquet.
 """
 
 ADVICE = """\

@@ -2,6 +2,7 @@
 """What does it bring that a small set lives on the device: start-up, and two views of a whole batch at once?
 
     python benchmarks/resident.py --data CIFAR10
+    python benchmarks/resident.py --data CIFAR10 --device cuda
 
 Start-up: seconds from the name of the data to the first batch, within a process that has imported everything; the first
 time (the table is unpacked, all images are decoded and kept), the second time, and with nothing kept but the unpacked
@@ -12,7 +13,8 @@ torchvision's transforms, image by image on PIL images as the papers' code does 
 alive. Both start from decoded images in memory and end with normalised float32 batches; the contenders take turns. Ours
 is also taken apart: the numbers (drawn on the host) and the crops, timed alone.
 
-Without `--data` the images are generated (smooth noise as JPEG in Parquet). Writes `benchmarks/results/resident.json`.
+Without `--data` the images are generated (smooth noise as JPEG in Parquet). Writes `benchmarks/results/resident.json`
+(`resident-cuda.json`).
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measured import counted, in_turns, plain, summary, synchronise, times, without_folder, write
+from measured import counted, in_turns, plain, suffix, summary, synchronise, times, without_folder, write
 from PIL import Image, ImageFilter
 from torchvision import transforms
 
@@ -204,7 +206,7 @@ def views(source: Source, device: str, count: int, rounds: int) -> dict[str, Any
 def page(result: dict[str, Any]) -> dict[str, Any]:
     """What a reader should see."""
     start, made = result["start_up_seconds"], result["views"]["seconds_an_image"]
-    parts = result["views"]["parts_of_ours"]
+    parts, device = result["views"]["parts_of_ours"], result["device"]
     whole = made["resident"]["median"]
     best = min((name for name in made if name != "resident"), key=lambda name: made[name]["median"])
     rows = [
@@ -215,33 +217,35 @@ def page(result: dict[str, Any]) -> dict[str, Any]:
         ratio = times(one["times_ours"]) if "times_ours" in one else "1"
         rows.append([f"two views, {name}", f"{1 / one['median']:,.0f} images/s", ratio])
     return {
-        "title": "Small sets live on the device",
+        "title": f"Small sets live on the device: {device}",
         "text": [
             f"{result['images']:,} images of {SIZE} x {SIZE} pixels. Start-up is the time from the name of the data to "
-            "the first batch on the device, imports not counted. The first time the table is unpacked, the images are "
-            f"decoded by {result['workers']} processes and kept on disk; from then on they are read from there. Each "
-            "round did the three one after the other, in this order and in one process, with a new cache; what was "
-            "just written the system still has in memory.",
-            f"Two views of MoCo v2 at {SIZE} px in batches of {result['batch']}, with "
+            f"the first batch on the device ({device}), imports not counted. The first time the table is unpacked, the "
+            f"images are decoded by {result['workers']} processes and kept on disk; from then on they are read from "
+            "there. Each round did the three one after the other, in this order and in one process, with a new cache; "
+            "what was just written the system still has in memory.",
+            f"Two views of MoCo v2 at {SIZE} px in batches of {result['batch']}, on {device} with "
             f"{counted(result['threads'], 'thread')}: the resident set cuts and changes a whole batch at once; "
-            "torch's DataLoader runs torchvision's transforms on "
-            "PIL images one by one. They took turns. Both start from decoded images in memory and end with normalised "
-            "float32 batches, the random numbers drawn anew; no network is run. Of our time, "
+            "torch's DataLoader runs torchvision's transforms on PIL images one by one"
+            f"{'' if device == 'cpu' else ', on the CPU, and the views are copied to the device'}. They took turns. "
+            "Both start from decoded images in memory and end with normalised float32 batches, the random numbers "
+            "drawn anew; no network is run. Of our time, "
             f"{parts['crops']['median'] / whole:.0%} are the crops and {parts['numbers']['median'] / whole:.1%} "
             "drawing the random numbers on the host "
             f"({plain(1e3 * result['batch'] * parts['numbers']['median'])} ms for both views of a batch); these two "
             "were timed apart from the whole.",
         ],
-        "table": {"columns": ["what", "median", "times ours"], "rows": rows},
+        "table": {"columns": ["what", f"median, {device}", "times ours"], "rows": rows},
         "summary": [
             {
-                "question": f"start-up with {result['images']:,} images of {SIZE} px, again and for the first time",
+                "question": f"start-up with {result['images']:,} images of {SIZE} px on {device}, again and for the "
+                "first time",
                 "ours": f"{start['second time']['median']:.2f} s and {start['first time']['median']:.2f} s",
                 "alternative": f"{start['no decoded images kept']['median']:.2f} s (again, without what is kept)",
-                "ratio": times(start["no decoded images kept"]["median"] / start["second time"]["median"]),
+                "ratio": "",  # ours beside ours
             },
             {
-                "question": f"two views at {SIZE} px of images that lie decoded in memory, images/s",
+                "question": f"two views at {SIZE} px of images that lie decoded in memory, on {device}, images/s",
                 "ours": f"{1 / whole:,.0f}",
                 "alternative": f"{1 / made[best]['median']:,.0f} ({best})",
                 "ratio": times(made[best]["times_ours"]),
@@ -281,7 +285,7 @@ def main() -> None:
     for row in result["page"]["table"]["rows"]:
         print(*row, sep=" | ")
     print(*result["page"]["text"], sep="\n")
-    print(write("resident", result, quick=asked.quick))
+    print(write(f"resident{suffix(asked.device)}", result, quick=asked.quick))
 
 
 if __name__ == "__main__":
