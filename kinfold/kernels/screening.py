@@ -20,6 +20,8 @@ LOW = (1 << 32) - 1
 NOTHING = torch.iinfo(torch.int64).min
 """less than every key"""
 
+_PACKED = 1 << 18  # candidates that are packed at a time, each for a moment several numbers of 8 bytes
+
 Keys = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
@@ -89,23 +91,26 @@ class _Best:
         self._choose()
         start, stop = 0, similarity.shape[1]
         while start < stop:
-            step = min(stop - start, self.keys.shape[1] - self.used)
+            step = min(stop - start, self.keys.shape[1] - self.used, max(1, _PACKED // len(self.keys)))
             some = slice(start, start + step)
             self.keys[:, self.used : self.used + step] = _pack(similarity[:, some], rows[:, some])
             self.used, start = self.used + step, start + step
-            self._choose()
+            if self.used == self.keys.shape[1]:
+                self._choose()
+        self._choose()
 
     def found(self) -> Keys:
         """Give the best, in order."""
         self._choose()
-        return np.sort(self.keys[:, : self.count], axis=1)[:, ::-1].copy()
+        self.keys[:, : self.count].sort(axis=1)
+        return self.keys[:, : self.count][:, ::-1].copy()
 
     def _choose(self) -> None:
         """Keep the `count` best of all candidates, if there are so many, and make room."""
         extent = self.used + int(self.collected.max())
         if extent > self.count:
-            parted = np.partition(self.keys[:, :extent], extent - self.count, axis=1)  # [Q, extent]
-            self.keys[:, : self.count] = parted[:, extent - self.count :]
+            self.keys[:, :extent].partition(extent - self.count, axis=1)
+            self.keys[:, : self.count] = self.keys[:, extent - self.count : extent]
             self.keys[:, self.count : extent] = NOTHING
         if extent >= self.count and (extent > self.count or self.least is None):
             self.used = self.count

@@ -29,7 +29,7 @@ Way = Literal["screened", "selected"]
 """How `nearest_rows` looks through similarities."""
 
 _QUERIES = 4096  # queries that meet a block of rows together
-_CELLS = 1 << 22  # similarities of the blocks of all threads: 16 MB, on a CPU a part of the third-level cache
+_CELLS = 1 << 22  # similarities of a block: 16 MB; half on a CPU, for all threads, a part of the third-level cache
 _KEYS = 1 << 22  # candidates that all threads keep at a time: 32 MB
 _NARROWEST = 256  # rows of a block, however many queries meet it
 _ROOM = 512  # least number of candidates that are collected beside the best
@@ -145,7 +145,7 @@ def _screened(queries: Tensor, rows: Tensor, count: int, first: int, known: Foun
                 count,
                 first,
                 _part(known, some),
-                width=max(_NARROWEST, _CELLS // threads // len(queries[some])),
+                width=max(_NARROWEST, _CELLS // 2 // threads // len(queries[some])),  # survivors take as much again
                 room=max(count, _ROOM),
             )
 
