@@ -71,11 +71,15 @@ def text(result: dict[str, Any]) -> list[str]:
             f"takes {times(result['together']['seconds']['dense']['times_ours'])} as long."
         )
     shares = [f"{100 * result[part]['rows_in_common']:.3f} % ({CASES[part]})" for part in CASES if part in result]
-    found.append(f"Rows that ours and dense both find: {', '.join(shares)}; the others are as near to within rounding.")
+    differs = max(result[part]["similarity_differs_at_most"] for part in CASES if part in result)
+    found.append(
+        f"Rows that ours and dense both find: {', '.join(shares)}; the n-th greatest similarities of the two differ by "
+        f"{differs:.1g} at most."
+    )
     if "clustered" in result:
         found.append(
             f"*In clusters*: {result['clustered']['clusters']:,} of them, one behind the other as in a folder sorted "
-            "by class, with queries from the same clusters. The nearest rows then come all at once, the hard case for "
+            "by class, with queries from the same clusters. The nearest rows then come all at once, a hard case for "
             "a search that keeps what beats the best so far."
         )
     behind = [f"{rows:,} ({times(ratio)} as fast)" for rows, ratio in apart(result).items() if ratio < 1]

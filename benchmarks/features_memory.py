@@ -91,12 +91,12 @@ class Peak:
 
 def measure(part: str, images: int, cache: Path) -> dict[str, Any]:
     """Do one part and say what it took."""
-    torch.manual_seed(0)
-    module = nn.Sequential(nn.Flatten(), nn.Linear(64, WIDTH))
-    backbone = FrozenBackbone(module=module, size=8, channels=1, mean=(0.5,), std=(0.25,))
-    train, test = Synthetic(images), Synthetic(TEST, first=images)
-    data = Labelled(train=train, test=test, batch_size=BATCH, cache=cache, say=lambda text: None)
     with Peak() as peak:
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Flatten(), nn.Linear(64, WIDTH))
+        backbone = FrozenBackbone(module=module, size=8, channels=1, mean=(0.5,), std=(0.25,))
+        train, test = Synthetic(images), Synthetic(TEST, first=images)
+        data = Labelled(train=train, test=test, batch_size=BATCH, cache=cache, say=lambda text: None)
         if part == "extract":
             data.features(backbone, module, train)
         elif part == "linear":

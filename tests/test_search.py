@@ -8,6 +8,7 @@ import threading
 import tracemalloc
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_info, threadpool_limits
 from torch import Tensor
 
 from kinfold.kernels import screening, search
@@ -198,6 +200,19 @@ def test_what_cannot_be_searched_is_refused(
             find(torch.zeros(queries), torch.zeros(rows), count, first=first)
 
 
+@pytest.mark.parametrize("shapes", [((1, 4), (1, 4)), ((8, 4), (8, 4)), ((5, 4), (5, 3)), ((5,), (5,))])
+def test_what_is_known_of_other_queries_is_refused(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    known = torch.zeros(shapes[0]), torch.zeros(shapes[1], dtype=torch.int64)
+    for find in (nearest_rows, nearest_rows_dense):
+        with pytest.raises(ValueError, match="known are"):
+            find(torch.zeros(5, 3), torch.zeros(4, 3), 1, first=9, known=known)
+
+
+def test_whole_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"torch.int64; give floating-point"):
+        nearest_rows(torch.zeros(5, 3, dtype=torch.int64), torch.zeros(4, 3), 1)
+
+
 def test_other_devices_do_not_screen() -> None:
     with pytest.raises(ValueError, match="only the CPU screens"):
         nearest_rows(torch.zeros(2, 3, device="meta"), torch.zeros(4, 3, device="meta"), 1, way="screened")
@@ -207,15 +222,71 @@ def test_other_devices_do_not_screen() -> None:
 def test_each_thread_screens_for_queries_of_its_own(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "_QUERIES", 4096)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    screening_now: dict[int, int] = {}
+    shares: list[tuple[int, int]] = []
 
     def watched(queries: Tensor, *given: Any, **named: Any) -> Tensor:
-        screening_now[threading.get_ident()] = len(queries)
+        shares.append((threading.get_ident(), len(queries)))
         assert not torch.is_grad_enabled()
+        assert products() == {1}
         return screening.screen(queries, *given, **named)
 
     monkeypatch.setattr(search, "screen", watched)
     queries, rows = whole(50, 3), whole(300, 3, seed=1)
     assert_same(nearest_rows(queries, rows, 9), nearest_rows_dense(queries, rows, 9))
-    assert sum(screening_now.values()) == 50 or threads > 1  # one thread may have done the work of two
-    assert (threading.get_ident() in screening_now) == (threads == 1)
+    assert len(shares) == threads
+    assert sum(queries for _, queries in shares) == 50
+    assert (threading.get_ident() in dict(shares)) == (threads == 1)
+
+
+def products() -> set[int]:
+    """How many threads products take."""
+    return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+
+
+def test_products_take_as_many_threads_as_before_after_a_search_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "_QUERIES", 4096)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+    def failing(*given: Any, **named: Any) -> Tensor:
+        raise RuntimeError("no memory")
+
+    with threadpool_limits(2, user_api="blas"):
+        before = products()
+        nearest_rows(whole(50, 3), whole(300, 3, seed=1), 9)
+        assert products() == before
+        monkeypatch.setattr(search, "screen", failing)
+        with pytest.raises(RuntimeError, match="no memory"):
+            nearest_rows(whole(50, 3), whole(300, 3, seed=1), 9)
+        assert products() == before == {2}
+
+
+def test_searches_at_one_time_leave_products_their_threads() -> None:
+    queries, rows = whole(50, 3), whole(300, 3, seed=1)
+    expected = nearest_rows_dense(queries, rows, 9)
+    before = products()
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: nearest_rows(queries, rows, 9), range(40)):
+            assert_same(found, expected)
+    assert products() == before
+
+
+@EVERY
+def test_the_highest_row_numbers_are_found(way: Way) -> None:
+    rows = whole(40, 3, seed=1)
+    first = 2**32 - 1 - len(rows)
+    found = nearest_rows(whole(9, 3), rows, 40, first=first, way=way)
+    assert found[1].max() == 2**32 - 2
+    assert_same(found, nearest_rows_dense(whole(9, 3), rows, 40, first=first))
+
+
+@EVERY
+def test_vectors_of_no_width_and_more_known_than_asked_for_are_searched(way: Way) -> None:
+    with torch.inference_mode():
+        found = nearest_rows(torch.ones(9, 0), torch.ones(40, 0), 3, way=way)
+    assert found[1].tolist() == [[0, 1, 2]] * 9
+    known = nearest_rows(whole(9, 3), whole(40, 3, seed=1), 20, way=way)
+    rows = whole(40, 3, seed=2)
+    assert_same(
+        nearest_rows(whole(9, 3), rows, 4, first=40, known=known, way=way),
+        nearest_rows_dense(whole(9, 3), rows, 4, first=40, known=known),
+    )

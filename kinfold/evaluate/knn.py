@@ -171,10 +171,11 @@ def nearest(
     """Find the k rows of `bank` [N, F] with the largest cosine for each of `queries` [Q, F], in blocks.
 
     Both may be maps of files: rows are read, made unit vectors and moved to `device` (that of `queries` if not given)
-    block by block, and the bank is read once for every 65,536 queries. Memory is that of `bank_block` rows and of the
-    search among them (`nearest_rows`) at a time; if not given, the rows are of 128 MB, at most 65,536. With
-    `exclude_self` row i of the bank is query i and not among its neighbours. Of rows that are equally near the first
-    comes first. Raises `ValueError` where k is not in [1, N], or [1, N − 1] without oneself.
+    block by block, and the bank is read once for every 65,536 queries. Memory is that of `bank_block` rows as they are
+    and as unit vectors, of the search among them (`nearest_rows`), and of the neighbours of 65,536 queries, 12 bytes
+    each; if not given, the rows are of 128 MB, at most 65,536. With `exclude_self` row i of the bank is query i and not
+    among its neighbours. Of rows that are equally near the first comes first. Raises `ValueError` where k is not in
+    [1, N], or [1, N − 1] without oneself.
     """
     most = len(bank) - exclude_self
     if not 1 <= k <= most:
@@ -189,6 +190,7 @@ def nearest(
             for number, start in enumerate(starts):
                 some = F.normalize(queries[start : min(start + block, begin + _ROUND)].to(where), dim=1)  # [q, F]
                 best[number] = nearest_rows(some, part, k + exclude_self, first=first, known=best[number])
+            del part  # before the next rows are made unit vectors
         for start, one in zip(starts, best):
             assert one is not None  # the bank has a row
             similarity, places = _without_self(*one, first=start) if exclude_self else one

@@ -5,7 +5,8 @@ Once `count` rows are known for a query, only what beats the last of them can ma
 little. The survivors are collected until there is no more room, and then the best of them are kept.
 
 In numpy and not in torch, whose every operation would start threads in each of the threads that screen, and whose
-product (MKL) does not take the widest instructions of AMD's processors.
+product (MKL) does not take the widest instructions of AMD's processors. Only half
+precision, which numpy cannot multiply fast, is left to torch.
 """
 
 from __future__ import annotations
@@ -148,7 +149,7 @@ class _Best:
 
 
 def _pack(similarity: Floats, rows: Keys) -> Keys:
-    """Join similarities and rows, of one shape, into numbers that are greater for the better candidate."""
+    """Join similarities and rows, which are broadcast, into numbers that are greater for the better candidate."""
     similarity = np.where(np.isnan(similarity), np.float32(np.nan), similarity + np.float32(0.0))  # one NaN, one zero
     bits = similarity.view(np.int32)
     rising = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64)  # in the order of the similarities

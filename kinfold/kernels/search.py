@@ -12,9 +12,12 @@ others, as in `torch.topk`, so it is found and does not vanish.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
-from typing import Literal
+from threading import Lock
+from typing import Any, Literal
 
 import torch
 from threadpoolctl import ThreadpoolController
@@ -35,6 +38,8 @@ _NARROWEST = 256  # rows of a block, however many queries meet it
 _ROOM = 512  # least number of candidates that are collected beside the best
 _FEWEST = 16  # queries that are worth a thread
 
+_multiplying = Lock()  # held where the threads of products are set, which are the whole process's
+
 
 @torch.no_grad()
 def nearest_rows_dense(
@@ -44,7 +49,7 @@ def nearest_rows_dense(
 
     Takes memory for all Q · N similarities, several times.
     """
-    _check(queries, rows, count, first)
+    _check(queries, rows, count, first, known)
     with torch.autocast(queries.device.type, enabled=False):
         similarity = queries @ rows.to(queries.device, queries.dtype).T  # [Q, N]
     places = torch.arange(first, first + len(rows), device=queries.device).expand(similarity.shape)  # [Q, N]
@@ -66,20 +71,21 @@ def nearest_rows(
 ) -> Found:
     """Find for each of `queries` [Q, D] the `count` of `rows` [N, D] with the greatest dot product.
 
-    Gives similarities [Q, min(count, N)] in the queries' precision, falling, and row numbers int64, counted from
-    `first`, both on the queries' device. Of equal similarities the lower row wins; one that is not a number wins over
-    all others.
+    Gives similarities [Q, c] in the queries' precision, falling, and row numbers int64, counted from `first`, both on
+    the queries' device; c is `count`, or all there are if they are fewer. Of equal similarities the lower row wins; one
+    that is not a number wins over all others.
 
     `rows` may be a map of a file, or lie on another device or in another precision: they are fetched block by block.
     A search in parts hands on what is `known` of earlier parts, with lower row numbers. There are two ways to look
     through similarities, and both find the same: a block is `screened` by comparison with what is known (the CPU's
     way), or `selected` from as it is (elsewhere, where the host would have to wait for the number of survivors).
+    Queries in double precision, which has no room beside a row, take the reference's way block by block.
 
-    Memory is that of the result, some 16 bytes for each of its candidates, and of blocks of up to 4 million
+    Memory is up to 32 bytes for each candidate of the result, itself included, and blocks of up to 4 million
     similarities, all threads together. No gradient, and no autocast. Raises `ValueError` where shapes do not fit,
-    `count` is not positive, row numbers leave 32 bits, or a device is to screen.
+    queries are whole numbers, `count` is not positive, row numbers leave 32 bits, or a device is to screen.
     """
-    _check(queries, rows, count, first)
+    _check(queries, rows, count, first, known)
     on_cpu = queries.device.type == "cpu"
     if way == "screened" and not on_cpu:
         raise ValueError(f"only the CPU screens, and the queries are on {queries.device}; leave way=None")
@@ -88,7 +94,7 @@ def nearest_rows(
     if not len(queries) or not count:
         return queries.new_empty(len(queries), count), queries.new_empty(len(queries), count, dtype=torch.int64)
     with torch.autocast(queries.device.type, enabled=False):
-        if queries.dtype == torch.float64:  # a key has no room for it
+        if queries.dtype == torch.float64:
             return _by_blocks(queries, rows, count, first, known)
         search = _screened if on_cpu and way != "selected" else _selected
         keys = search(queries, rows, count, first, known)
@@ -96,9 +102,16 @@ def nearest_rows(
         return similarity.to(queries.dtype), places
 
 
-def _check(queries: Tensor, rows: Tensor, count: int, first: int) -> None:
+def _check(queries: Tensor, rows: Tensor, count: int, first: int, known: Found | None) -> None:
     if queries.ndim != 2 or rows.ndim != 2 or queries.shape[1] != rows.shape[1]:
         raise ValueError(f"queries are {tuple(queries.shape)} and rows {tuple(rows.shape)}; give [Q, D] and [N, D]")
+    if not queries.dtype.is_floating_point:
+        raise ValueError(f"queries are {queries.dtype}; give floating-point numbers")
+    if known is not None and not (
+        known[0].ndim == 2 and len(known[0]) == len(queries) and known[0].shape == known[1].shape
+    ):
+        shapes = " and ".join(str(tuple(part.shape)) for part in known)
+        raise ValueError(f"known are {shapes} for {len(queries)} queries; give two of [Q, c]")
     if count < 1:
         raise ValueError(f"count is {count}; at least one row is asked for")
     if first < 0 or first + len(rows) > LOW:
@@ -106,11 +119,10 @@ def _check(queries: Tensor, rows: Tensor, count: int, first: int) -> None:
 
 
 def _chunks(queries: int, count: int, threads: int = 1) -> list[slice]:
-    """Cut queries into parts of nearly one size, none of them a rest of a few, that each have their room in memory."""
+    """Cut queries into parts of one size, to within one query, that each have their room in memory."""
     most = min(_QUERIES, max(1, _KEYS // threads // (count + max(count, _ROOM))))
     parts = max(-(-queries // most), min(threads, queries // _FEWEST), 1)
-    each = -(-queries // parts)
-    return [slice(start, start + each) for start in range(0, queries, each)]
+    return [slice(queries * i // parts, queries * (i + 1) // parts) for i in range(parts)]
 
 
 def _part(known: Found | None, some: slice) -> Found | None:
@@ -151,15 +163,23 @@ def _screened(queries: Tensor, rows: Tensor, count: int, first: int, known: Foun
 
     parts = _chunks(len(queries), count, threads)
     if threads == 1 or len(parts) == 1:
-        return torch.cat([some_of(part) for part in parts])
-    with _libraries().limit(limits=1, user_api="blas"), ThreadPoolExecutor(min(threads, len(parts))) as pool:
+        with _threads_a_product(threads):
+            return torch.cat([some_of(part) for part in parts])
+    with _threads_a_product(1), ThreadPoolExecutor(min(threads, len(parts))) as pool:
         return torch.cat(list(pool.map(some_of, parts)))
 
 
+@contextmanager
+def _threads_a_product(threads: int) -> Iterator[None]:
+    """Let one of numpy's products take so many threads, for one search at a time."""
+    with _multiplying, _blas().limit(limits=threads):
+        yield
+
+
 @cache
-def _libraries() -> ThreadpoolController:
-    """The libraries of this process that have threads of their own; to look for them takes a while."""
-    return ThreadpoolController()
+def _blas() -> Any:
+    """The libraries that multiply for this process; to look for them takes a while."""
+    return ThreadpoolController().select(user_api="blas")
 
 
 def _selected(queries: Tensor, rows: Tensor, count: int, first: int, known: Found | None) -> Tensor:
@@ -179,7 +199,7 @@ def _selected(queries: Tensor, rows: Tensor, count: int, first: int, known: Foun
 
 
 def _pack(similarity: Tensor, rows: Tensor) -> Tensor:
-    """Join similarity and row into one number that is greater for the better candidate; both of one shape."""
+    """Join similarities and rows, which are broadcast, into numbers that are greater for the better candidate."""
     similarity = torch.where(similarity.isnan(), torch.nan, similarity.float() + 0.0)  # one NaN, and one zero
     bits = similarity.view(torch.int32)
     # Whole numbers in the order of the similarities.
@@ -188,6 +208,6 @@ def _pack(similarity: Tensor, rows: Tensor) -> Tensor:
 
 
 def _unpack(keys: Tensor) -> Found:
+    rows = LOW - (keys & LOW)
     rising = (keys >> 32).to(torch.int32)
-    bits = rising ^ ((rising >> 31) & 0x7FFFFFFF)
-    return bits.view(torch.float32), LOW - (keys & LOW)
+    return (rising ^ ((rising >> 31) & 0x7FFFFFFF)).view(torch.float32), rows
