@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.metadata
 import io
@@ -19,6 +20,8 @@ import PIL
 import PIL.Image
 import pytest
 import torch
+
+from kinfold.kernels.search import nearest_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -197,6 +200,17 @@ def test_rows_in_clusters_lie_one_behind_the_other_and_have_length_one(measured:
     assert own.tolist() == [number * 4 // 10_000 for number in range(10_000)]
 
 
+def test_a_search_that_finds_something_else_than_dense_is_not_published(
+    measured: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = importlib.import_module("bank_search")
+    asked = argparse.Namespace(device="cpu", rows=300, queries=4, width=8, nearest=5, rounds=1)
+    assert search.together(asked)["similarity_differs_at_most"] < 1e-6
+    monkeypatch.setattr(search, "nearest_rows", lambda queries, bank, count: nearest_rows(queries, bank[:150], count))
+    with pytest.raises(SystemExit, match="do not find the same"):
+        search.together(asked)
+
+
 def test_the_page_of_starting_compares_round_by_round_and_takes_no_import_for_an_alternative(
     measured: ModuleType,
 ) -> None:
@@ -272,9 +286,15 @@ def test_the_page_of_the_bank_names_the_sizes_at_which_ours_is_slower(measured: 
         "device": "cpu",
         "threads": 2,
         "growth": growth,
-        "together": {"rows": 3000, "seconds": turns, "rows_in_common": 1.0},
+        "together": {
+            "rows": 3000,
+            "seconds": turns,
+            "rows_in_common": 0.5,
+            "similarity_differs_at_most": 2.4e-7,
+        },
     }
     page = search.page(result)
+    assert any("both find: 50.000 % (random); the n-th" in text and "2e-07" in text for text in page["text"])
     assert any("Slower than dense at N = 1,000 (0.50× as fast), each way" in text for text in page["text"])
     row = next(row for row in page["summary"] if "process of its own" in row["question"])
     assert row["ours"] == "0.400 to 1.00 s"

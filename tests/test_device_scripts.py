@@ -214,7 +214,8 @@ def test_a_search_that_fails_in_its_own_process_leaves_the_others_and_every_size
 
     def turns(asked: argparse.Namespace, clusters: int | None = None) -> dict[str, Any]:
         seconds = measured.summary({"blocked": [1.0], "dense": [2.0]})
-        return {"rows": asked.rows, "clusters": clusters, "seconds": seconds, "rows_in_common": 1.0}
+        alike = {"rows_in_common": 1.0, "similarity_differs_at_most": 0.0}
+        return {"rows": asked.rows, "clusters": clusters, "seconds": seconds, **alike}
 
     monkeypatch.setattr(search.subprocess, "run", child)
     monkeypatch.setattr(search, "together", turns)
