@@ -10,16 +10,26 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from kinfold.data.loader import Loader
 from kinfold.data.sources import open_source
+from kinfold.memory import Comparison
+from kinfold.methods import MoCo
 from kinfold.optim import build_optimizer
 from kinfold.recipe import Recipe
 from kinfold.training import Training, build_learner
 
 
 def training_on(
-    recipe: Recipe, device: str, folder: Path, *, images: int = 96, fused: bool | None = None, **how: Any
+    recipe: Recipe,
+    device: str,
+    folder: Path,
+    *,
+    images: int = 96,
+    dtype: torch.dtype = torch.float32,
+    fused: bool | None = None,
+    **how: Any,
 ) -> Training:
     """A run in its first state; `how` goes to the loader."""
     source = open_source("digits", limit=images)
@@ -35,7 +45,7 @@ def training_on(
         drop_last=recipe.drop_last,
         **{"resident": True, **how},
     )
-    learner = build_learner(recipe, images=len(source)).train().to(device)
+    learner = build_learner(recipe, images=len(source)).train().to(device, dtype)
     return Training(
         recipe=recipe,
         folder=folder,
@@ -45,6 +55,20 @@ def training_on(
         optimizer=build_optimizer(recipe.optimizer, learner.encoder, fused=fused),
         device=torch.device(device),
     )
+
+
+def fail_at(patch: pytest.MonkeyPatch, number: int, spoil: float = float("nan")) -> None:
+    """Make MoCo's loss of step `number` no number."""
+    calls = 0
+    real = MoCo.loss
+
+    def loss(self: MoCo, seen: Comparison, epoch: int) -> dict[str, Tensor]:
+        nonlocal calls
+        calls += 1
+        terms = real(self, seen, epoch)
+        return {name: value * (spoil if calls == number + 1 else 1.0) for name, value in terms.items()}
+
+    patch.setattr(MoCo, "loss", loss)
 
 
 @contextmanager

@@ -11,31 +11,14 @@ from typing import Any
 import pytest
 import torch
 from hostile import on_digits
-from small_trainings import as_on_a_gpu, training_on
+from small_trainings import as_on_a_gpu, fail_at, training_on
 from test_resume import assert_equal_to_the_bit
 from tiny_recipes import tiny
-from torch import Tensor
 
 from kinfold import checkpoint, distributed, meter
 from kinfold.errors import UserError
 from kinfold.log import read_metrics
-from kinfold.memory import Comparison
-from kinfold.methods import MoCo
 from kinfold.pretrain import pretrain
-
-
-def fail_at(patch: pytest.MonkeyPatch, number: int, spoil: float = float("nan")) -> None:
-    """Make the loss of step `number` no number."""
-    calls = 0
-    real = MoCo.loss
-
-    def loss(self: MoCo, seen: Comparison, epoch: int) -> dict[str, Tensor]:
-        nonlocal calls
-        calls += 1
-        terms = real(self, seen, epoch)
-        return {name: value * (spoil if calls == number + 1 else 1.0) for name, value in terms.items()}
-
-    patch.setattr(MoCo, "loss", loss)
 
 
 def test_looking_later_changes_no_result(tmp_path: Path) -> None:

@@ -15,16 +15,14 @@ from typing import Any
 import pytest
 import torch
 from hostile import bytes_of, fill_disk, on_digits, own, photos, signal_after
+from small_trainings import fail_at
 from test_resume import assert_equal_to_the_bit
 from tiny_recipes import tiny
-from torch import Tensor
 
 from kinfold import checkpoint
 from kinfold.errors import UserError
 from kinfold.evaluate import evaluate
 from kinfold.export import export_file, read_backbone
-from kinfold.memory import Comparison
-from kinfold.methods import MoCo
 from kinfold.pretrain import pretrain
 from kinfold.reading import to_yaml
 
@@ -216,17 +214,8 @@ def test_a_limit_on_the_size_of_files_ends_the_command_with_a_message_and_the_ch
 def test_a_loss_that_is_not_finite_names_the_step_the_images_and_the_last_good_checkpoint(
     tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = 0
-    real = MoCo.loss
-
-    def loss(self: MoCo, seen: Comparison, epoch: int) -> dict[str, Tensor]:
-        nonlocal calls
-        calls += 1
-        terms = real(self, seen, epoch)
-        return {name: value * (float("nan") if calls == 5 else 1.0) for name, value in terms.items()}
-
     with monkeypatch.context() as patch:
-        patch.setattr(MoCo, "loss", loss)
+        fail_at(patch, 4)
         with pytest.raises(UserError, match=r"not finite at step 4: \w+ nan") as told:
             pretrain(tiny("moco"), on_digits(tmp_path / "run"), quiet=True)
     assert "digits, number" in str(told.value)

@@ -16,16 +16,13 @@ from typing import Any
 
 import pytest
 import torch
-from small_trainings import quick_compiler
+from small_trainings import quick_compiler, training_on
 from test_resume import processes
 from tiny_recipes import tiny
 
 from kinfold import distributed
 from kinfold.checkpoint import load_latest
-from kinfold.data.loader import Loader
-from kinfold.data.sources import open_source
 from kinfold.methods import METHODS
-from kinfold.optim import build_optimizer
 from kinfold.pretrain import batch_norm_apart, numbers
 from kinfold.reading import parse, plain, to_yaml
 from kinfold.recipe import Recipe
@@ -46,31 +43,10 @@ def join(rank: int, world: int, port: int) -> None:
 def in_double(rank: int, world: int, values: dict[str, Any], out: str) -> Training:
     """A run in double precision that stands at the beginning of its third epoch."""
     recipe = parse(Recipe, values, source="test")
-    source = open_source("digits", limit=IMAGES)
-    loader = Loader(
-        source,
-        recipe.views,
-        channels=1,
-        mean=recipe.images.mean,
-        std=recipe.images.std,
-        batch_size=recipe.batch_size,
-        seed=recipe.seed,
-        rank=rank,
-        world=world,
-        resident=False,
-        drop_last=recipe.drop_last,
-    )
-    learner = build_learner(recipe, images=len(source)).double().train()
-    return Training(
-        recipe=recipe,
-        folder=Path(out),
-        source=source,
-        loader=loader,
-        learner=learner,
-        optimizer=build_optimizer(recipe.optimizer, learner.encoder),
-        device=torch.device("cpu"),
-        step=2 * loader.steps_per_epoch,
-    )
+    how: dict[str, Any] = {"rank": rank, "world": world, "resident": False}
+    training = training_on(recipe, "cpu", Path(out), images=IMAGES, dtype=torch.float64, **how)
+    training.step = 2 * training.loader.steps_per_epoch
+    return training
 
 
 def take(training: Training, steps: int) -> list[float]:

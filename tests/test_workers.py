@@ -20,7 +20,8 @@ from test_loader import VIEWS, InMemory, make, mixed, same
 
 from kinfold.data import work as work_room
 from kinfold.data.cutting import Cutting
-from kinfold.data.work import Task, pixel_memory, run
+from kinfold.data.work import Task, run
+from kinfold.data.worker import pixel_memory
 from kinfold.errors import UserError
 
 

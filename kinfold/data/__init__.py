@@ -14,7 +14,7 @@ The way of an image, one module a stage:
 
 Crops are made in one of three places:
 
-    cutting                   worker processes (`work`); `device_copies` brings their crops to the device
+    cutting                   worker processes (`work`, `worker`); `device_copies` brings their crops to the device
     device_decode             the device, from JPEGs that the workers only read
     resident                  the device, from a set that lives there: decoded once (`equal_images`) if it fits
                               (`free_memory`)

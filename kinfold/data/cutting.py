@@ -26,7 +26,8 @@ from kinfold.data.augment import Drawn, draw, put
 from kinfold.data.crop import crop_reduced_into
 from kinfold.data.decode import Jpeg, Undecodable, Whole, look
 from kinfold.data.sources import Source
-from kinfold.data.work import Task, no_readable_image, pixel_memory, read_with, stand_ins
+from kinfold.data.work import Task, no_readable_image, read_with, stand_ins
+from kinfold.data.worker import pixel_memory
 from kinfold.errors import UserError
 from kinfold.views import Views
 

@@ -31,9 +31,13 @@ class DeviceCopies:
             return [tensor.to(self._device) for tensor in tensors]
         with self._cuda.stream(self._beside):
             copies = [tensor.to(self._device, non_blocking=True) for tensor in tensors]
-        current = self._cuda.current_stream(self._device)
-        current.wait_stream(self._beside)
-        for copy in copies:
-            # Its memory belongs to the other stream, which must not have it back before this one has read it.
-            copy.record_stream(current)
+        hand_over(copies, self._beside, self._cuda.current_stream(self._device))
         return copies
+
+
+def hand_over(made: Sequence[Tensor], beside: Any, current: Any) -> None:
+    """Let the stream `current` wait for what is made on the stream `beside`, and then use it."""
+    current.wait_stream(beside)
+    for one in made:
+        # Its memory belongs to the other stream, which must not have it back before this one has read it.
+        one.record_stream(current)

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from kinfold.data.augment import Drawn, put
 from kinfold.data.cutting import Cut, Cutting
+from kinfold.data.device_copies import hand_over
 from kinfold.data.header import COLUMNS_BACKWARDS, ROWS_BACKWARDS
 from kinfold.data.work import Task
 from kinfold.errors import UserError
@@ -81,10 +82,7 @@ class DeviceDecode:
         self._beside.synchronize()
         with self._cuda.stream(self._beside):
             made = self._finished(cut, epoch)
-        current = self._cuda.current_stream(self._device)
-        current.wait_stream(self._beside)
-        for crop in made.crops:
-            crop.record_stream(current)
+        hand_over(made.crops, self._beside, self._cuda.current_stream(self._device))
         return made
 
     def _finished(self, cut: Cut, epoch: int) -> Cut:

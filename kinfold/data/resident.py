@@ -130,7 +130,7 @@ def _fits(asked: Asked, shape: tuple[int, ...], several: bool, *, copies: int) -
 
     `copies` processes of this machine hold it in memory at once.
     """
-    needed, free = int(np.prod(shape, dtype=np.int64)), free_memory(asked.device, copies)
+    needed, free = math.prod(shape), free_memory(asked.device, copies)
     if several:  # the process that has least decides for all
         free = -distributed.largest(-int(min(free, 2**62)), asked.device)
     if needed <= free * (1.0 if asked.wanted else SHARE):
@@ -149,7 +149,7 @@ def _fits(asked: Asked, shape: tuple[int, ...], several: bool, *, copies: int) -
 
 def _from_disk_or_files(asked: Asked, shape: tuple[int, ...], several: bool) -> DecodedSet | None:
     """The set from the cache, or decoded; None where not all images are of the shape."""
-    if np.prod(shape, dtype=np.int64) < KEPT_FROM:
+    if math.prod(shape) < KEPT_FROM:
         return _decoded(asked, shape)
     decoded_set.most_kept()  # what the environment says wrongly is said before all is decoded
     without_jpegs = asked.scaled_from is not None and min(shape[2:]) >= asked.scaled_from
@@ -216,7 +216,7 @@ def _decoded(asked: Asked, shape: tuple[int, ...]) -> DecodedSet | None:
     """Decode the whole set to `shape` [N, C, H, W]; None, or an error where it is wanted, if an image has another."""
     source, bad = asked.source, dict[int, str]()
     images = torch.empty(shape, dtype=torch.uint8)  # [N, C, H, W]
-    step = max(1, min(_DECODED_AT_ONCE, _DECODED_BYTES // int(np.prod(shape[1:]))))
+    step = max(1, min(_DECODED_AT_ONCE, _DECODED_BYTES // math.prod(shape[1:])))
     work = DecodingEqual(source, asked.channels, (shape[2], shape[3]), asked.scaled_from)
     for block in run(work, in_order(shape[0], step), workers=asked.workers, prefetch=asked.prefetch):
         if block.unfit is not None:

@@ -5,18 +5,13 @@ A task is a whole batch of positions, so a result does not depend on how many wo
 workers the same objects do the same in the process itself. A worker never raises for what is wrong with the
 data: it returns what happened, and `run` raises it where a person sees it without a worker's traceback.
 
-A worker writes pixels to memory that it shares with the main process and uses over again (`pixel_memory`), so they
-are not copied on the way, and no page of memory is asked for twice.
-
-Workers end with the main process, however that ends, and keep it from ending for some seconds a worker at most: see
-`_watch`.
+Workers end with the main process, however that ends, and keep it from ending for some seconds a worker at most. Their
+own side of it is `kinfold.data.worker`.
 """
 
 from __future__ import annotations
 
 import atexit
-import math
-import multiprocessing
 import os
 import signal
 import threading
@@ -25,18 +20,17 @@ import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kinfold.data.decode import Undecodable, decode
 from kinfold.data.sources import Source
+from kinfold.data.worker import LOOK, Beginning
 from kinfold.errors import UserError
 from kinfold.randomness import REPLACE, integers
 
@@ -44,8 +38,6 @@ STAND_INS = 100
 """how many other images are tried in place of one that does not decode"""
 PATIENCE = 3.0
 """seconds that a worker has for what it is at when it is to end"""
-
-_LOOK = 0.5  # seconds between two looks of a worker at whether it is to end
 
 R = TypeVar("R", covariant=True)
 S = TypeVar("S")
@@ -135,7 +127,8 @@ def run(
     """Do the tasks in `workers` processes, `prefetch` ahead in each, and give the results in order.
 
     `tasks` may be without end: each is asked for when a worker is to have it. Closing the generator ends the workers.
-    Where `work` takes its memory from `pixel_memory`, a result is good until the next one is asked for.
+    Where `work` takes its memory from `kinfold.data.worker.pixel_memory`, a result is good until the next one is asked
+    for.
 
     Raises: `UserError` for what is wrong with the data, and where a worker dies.
     """
@@ -166,7 +159,7 @@ def _in_processes(
         pin_memory=pin,
         collate_fn=_as_it_is,
         # A worker's result is asked for after at most `prefetch` later ones were begun, and read before one more is.
-        worker_init_fn=_Beginning(prefetch + 1, ending, PATIENCE),
+        worker_init_fn=Beginning(prefetch + 1, ending, PATIENCE),
         # Torch's loader draws a seed for its workers: from here, so that the caller's generator stays untouched.
         generator=torch.Generator(),
     )
@@ -201,10 +194,10 @@ def _in_processes(
             ending.fill_(1)
             if results is not None:
                 # By name, for an exception out of torch holds its iterator. An ending process may start no thread to
-                # tell workers or to stop pinning: then `_watch` ends them.
+                # tell workers or to stop pinning: then they end by themselves.
                 with suppress(RuntimeError):
                     results._shutdown_workers()
-                _see_off(results._workers, PATIENCE + 4 * _LOOK)
+                _see_off(results._workers, PATIENCE + 4 * LOOK)
 
 
 def _see_off(workers: Sequence[BaseProcess], patience: float) -> None:
@@ -278,83 +271,3 @@ def _good(result: S | _Failure) -> S:
 
 def _as_it_is(result: S) -> S:
     return result
-
-
-@dataclass(frozen=True)
-class _Beginning:
-    """What a worker does first."""
-
-    kept: int
-    """results that may be on their way at a time"""
-    ending: Tensor
-    """uint8 [1], shared: 1 when the main process wants no more"""
-    patience: float
-    """seconds from then on"""
-
-    def __call__(self, _worker: int) -> None:
-        """One thread; and Ctrl-C, which a terminal sends to all processes, is the main one's to answer."""
-        global _memory
-        _memory = _PixelMemory(self.kept)
-        torch.set_num_threads(1)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        # torchrun, systemd and some batch systems signal the whole group.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        told, tell = multiprocessing.Pipe(duplex=False)
-        watch = threading.Thread(target=_watch, args=(self.ending, self.patience, told), name="watch", daemon=True)
-        watch.start()
-        # A worker that was spawned ends as every Python does, which a thread must not be caught in: last in, first out.
-        atexit.register(watch.join)
-        atexit.register(tell.close)
-
-
-def _watch(ending: Tensor, patience: float, told: Connection) -> None:
-    """End this worker at once when the main process is gone, and `patience` seconds after it said that it is to end.
-
-    Torch's workers look for that between two tasks, which one that reads from a dead network disk never comes to.
-    """
-    said, main, parent = ending.numpy(), os.getppid(), multiprocessing.parent_process()
-    sentinels = [] if parent is None else [parent.sentinel]
-    while patience > 0.0:
-        ready = wait([told, *sentinels], timeout=_LOOK)
-        if told in ready:  # this worker ends by itself
-            return
-        # The parent's sentinel is held open by workers that were forked later, and a process that was not forked by
-        # the main one itself has another parent: one of the two tells.
-        if ready or os.getppid() != main:
-            break
-        if said[0]:
-            patience -= _LOOK
-    os._exit(1)
-
-
-class _PixelMemory:
-    """Shared memory that a worker writes its results to in turn."""
-
-    def __init__(self, kept: int) -> None:
-        self._sets: list[list[Tensor]] = [[] for _ in range(kept)]  # bytes
-        self._turn = 0
-
-    def take(self, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-        """Lend the oldest result's memory for the next one."""
-        held = self._sets[self._turn]
-        self._turn = (self._turn + 1) % len(self._sets)
-        sizes = [math.prod(shape) for shape in shapes]
-        if len(held) != len(sizes) or any(len(one) < size for one, size in zip(held, sizes)):
-            held[:] = [torch.empty(size, dtype=torch.uint8).share_memory_() for size in sizes]  # type: ignore[no-untyped-call]
-        return [one[:size] for one, size in zip(held, sizes)]
-
-
-_memory: _PixelMemory | None = None
-
-
-def pixel_memory(shapes: Sequence[tuple[int, int, int, int]]) -> list[Tensor]:
-    """Memory for a task's results, one uint8 [B, C, H, W] per shape with the channels last; what is in it is undefined.
-
-    In a worker it is shared with the main process and lent again after `prefetch` further tasks; elsewhere it is new.
-    """
-    flat = [(b, h, w, c) for b, c, h, w in shapes]
-    if _memory is None:
-        made = [torch.empty(shape, dtype=torch.uint8) for shape in flat]  # each [B, H, W, C]
-    else:
-        made = [taken.view(shape) for taken, shape in zip(_memory.take(flat), flat)]  # each [B, H, W, C]
-    return [one.permute(0, 3, 1, 2) for one in made]  # each [B, C, H, W]
