@@ -151,6 +151,7 @@ import multiprocessing, os, signal, sys, threading, time
 from pathlib import Path
 import numpy as np
 from kinfold.data.loader import Loader
+from kinfold.randomness import ORDER, permutation
 from kinfold.views import Augmentation, Views
 
 class Read:
@@ -170,12 +171,14 @@ class Read:
         return np.zeros((16, 16, 3), np.uint8)
 
 def hang_in_a_thread():
-    source.hangs = 5
+    # In the first batch, so that the thread only waits in the end: one that is in torch when Python ends aborts it.
+    source.hangs = int(permutation(ORDER, 0, 0, n=32)[0])
     threading.Thread(target=list, args=(loader.epoch(0),), daemon=True).start()
     for _ in range(1000):
         if len(list(source.folder.iterdir())) == 3:  # the other one reads too
             break
         time.sleep(0.05)
+    time.sleep(1.0)  # until the thread has taken what the other one made, too
     print("ready", flush=True)
 
 if __name__ == "__main__":
